@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUBTYPES', 'TASKS', 'SPLITS', 'PROTOCOLS', 'FOLDS', 'VIEWS', 'parse_name', 'slides', 'image_path', 'find_images',
-           'breakhis_table', 'read_table', 'load_table', 'class_names', 'class_index', 'split_patients', 'check_split',
-           'split_digest', 'count_table', 'draw_shots', 'decode', 'ImageStore', 'symmetry', 'symmetries',
-           'random_symmetry', 'show_images']
+           'has_breakhis', 'breakhis_table', 'read_table', 'load_table', 'class_names', 'class_index', 'split_patients',
+           'check_split', 'split_digest', 'count_table', 'draw_shots', 'decode', 'ImageStore', 'data_digest',
+           'symmetry', 'symmetries', 'random_symmetry', 'show_images']
 
 # %% ../nbs/10_data.ipynb #c38f81cb
 import os
@@ -62,7 +62,7 @@ def image_path(
     return (Path(root)/"BreaKHis_v1/histology_slides/breast"/cls/"SOB"/folder/f"{kind}_{yy}-{number}"/mag/
             f"{kind}-{yy}-{number}-{mag[:-1]}-{seq:03d}.png")
 
-# %% ../nbs/10_data.ipynb #356819fe
+# %% ../nbs/10_data.ipynb #c6a2c769
 TASKS = ("binary", "subtype")  # benign or malignant; one of eight tumour types
 
 
@@ -82,6 +82,13 @@ def find_images(
     return table.assign(patient=table.accession, label=table.cls)
 
 
+def has_breakhis(
+    root: str | Path,  # folder to search
+) -> bool:
+    "Whether a folder holds any picture of BreakHis."
+    return Path(root).is_dir() and any(_NAME.fullmatch(p.name.upper()) for p in Path(root).rglob("*.png"))
+
+# %% ../nbs/10_data.ipynb #f5a2db4f
 def breakhis_table(
     root: str | Path,  # folder with the pictures
     mag: str = "400X",  # magnification
@@ -124,7 +131,7 @@ def _find_beside(csv, name):
         if path.is_file(): return path
     raise BadInput(f"{csv} names the image {name!r}, which is neither in {csv.parent} nor in {csv.parent/'images'}")
 
-# %% ../nbs/10_data.ipynb #93a4c74e
+# %% ../nbs/10_data.ipynb #b1135894
 def load_table(
     data: str | Path,  # BreakHis folder, or a CSV
     mag: str = "400X",  # magnification, for BreakHis
@@ -147,7 +154,7 @@ def class_names(
     "Classes in alphabetical order, the same for every split of a table."
     return tuple(sorted(table.label.unique()))
 
-
+# %% ../nbs/10_data.ipynb #efe24539
 def class_index(
     table: pd.DataFrame,  # image table
     classes: tuple[str, ...],  # class names in order
@@ -155,9 +162,9 @@ def class_index(
     "Labels as indices into `classes`; a label outside them is refused."
     strange = set(table.label) - set(classes)
     if strange: raise BadInput(f"label {sorted(strange)[0]!r} is none of the classes {', '.join(classes)}")
-    return table.label.map({c: i for i, c in enumerate(classes)}).to_numpy(dtype=np.int64)
+    return table.label.map({c: i for i, c in enumerate(classes)}).to_numpy(dtype=np.int64, copy=True)
 
-# %% ../nbs/10_data.ipynb #b184713a
+# %% ../nbs/10_data.ipynb #dcb47069
 PROTOCOLS = ("accession-cv",)  # grouped by accession, or by the patient column of any table  H
 FOLDS = 5  # R Spanhol 2016 uses five trials; ours partition the patients  H
 
@@ -179,7 +186,7 @@ def split_patients(
     side = np.where(group == fold, "test", np.where(group == (fold + 1) % folds, "valid", "train"))
     return check_split(table.assign(split=side))
 
-
+# %% ../nbs/10_data.ipynb #a04b5018
 def check_split(
     table: pd.DataFrame,  # image table with a `split` column
 ) -> pd.DataFrame:  # the table, unchanged
@@ -228,7 +235,7 @@ def draw_shots(
         taken.append(rows.head(k))
     return pd.concat(taken).reset_index(drop=True)
 
-# %% ../nbs/10_data.ipynb #78b2ccc3
+# %% ../nbs/10_data.ipynb #edc82b31
 def decode(
     path: str | Path,  # image file
     size: int,  # side of the square  [px]
@@ -251,7 +258,7 @@ def _over(items, work, text):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(work, items), total=len(items), desc=text, mininterval=1, leave=False))
 
-
+# %% ../nbs/10_data.ipynb #b4040a0f
 class ImageStore:
     "All images of a table, decoded once to `uint8` at one size and kept in a memory-mapped file."
 
@@ -286,11 +293,12 @@ class ImageStore:
         import torch
         return torch.from_numpy(np.array(self.array[rows]))
 
-    @property
-    def digest(self) -> str:  # hex digits
-        "Digest of the data: every file's bytes with its label and patient."
-        t = self.table
-        return digest(sorted(zip(self.digests, t.label, t.patient, strict=True)))
+# %% ../nbs/10_data.ipynb #62559ac2
+def data_digest(
+    store: ImageStore,  # decoded images
+) -> str:  # hex digits
+    "Digest of the data: every file's bytes with its label and patient."
+    return digest(sorted(zip(store.digests, store.table.label, store.table.patient, strict=True)))
 
 # %% ../nbs/10_data.ipynb #49f73c47
 VIEWS = 8  # symmetries of the square
@@ -335,7 +343,8 @@ def show_images(
     import matplotlib.pyplot as plt
     rows = -(-len(pixels)//cols)
     lines = max((str(t).count("\n") + 1 for t in titles), default=0) if titles is not None else 0
-    fig, axes = plt.subplots(rows, cols, figsize=(cols*side, rows*(side + .17*lines)), squeeze=False, layout="constrained")
+    inches = (cols*side, rows*(side + .17*lines))
+    fig, axes = plt.subplots(rows, cols, figsize=inches, squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes.flat, pixels, strict=False)):
         ax.imshow(np.asarray(image).transpose(1, 2, 0))

@@ -43,7 +43,8 @@ def check_labels(
     y = np.asarray(y)
     if y.shape != (n,): raise BadInput(f"y has shape {y.shape}; accepted is ({n},), one label an image")
     if y.dtype.kind not in "iu":
-        raise BadInput(f"y holds {y.tolist()[0]!r} of type {y.dtype}; accepted are class indices from 0 to {classes - 1}")
+        raise BadInput(f"y holds {y.tolist()[0]!r} of type {y.dtype}; "
+                       f"accepted are class indices from 0 to {classes - 1}")
     bad = y[(y < 0) | (y >= classes)]
     if len(bad): raise BadInput(f"y holds {int(bad[0])}; accepted are class indices from 0 to {classes - 1}")
     return y.astype(np.int64)

@@ -6,7 +6,7 @@
 __all__ = ['torchvision', 'HALF', 'SAME', 'OURS', 'FAMILIES', 'import_torchvision', 'mobilenetv1', 'squeezenet1_0', 'plan_of',
            'hub_options', 'from_hub', 'weights_file', 'read_state', 'classifier_name', 'load_weights', 'seeded',
            'maker', 'build', 'card_of', 'normalise', 'Dropped', 'named', 'inside', 'dropped', 'resnet', 'regnet',
-           'densenet', 'vgg', 'efficientnet', 'mobilenetv3', 'convnext', 'squeezenet', 'in_line', 'Blocks', 'joined',
+           'densenet', 'vgg', 'efficientnet', 'mobilenetv3', 'convnext', 'squeezenet', 'Blocks', 'in_line', 'joined',
            'probe', 'evaluating', 'walk', 'unrolled', 'cut', 'align', 'freeze', 'latency', 'cost', 'remade', 'save_net',
            'read_card', 'load_net']
 
@@ -86,6 +86,8 @@ OURS = {
     "kdnb_mobilenetv1_025": dict(make=partial(mobilenetv1, width=0.25), timm=None, kwargs={}, mean=HALF, std=HALF),
     "kdnb_mobilenetv1_075": dict(make=partial(mobilenetv1, width=0.75), timm=None, kwargs={}, mean=HALF, std=HALF),
     "kdnb_mobilenetv2_035": dict(make=None, timm="mobilenetv2_035", kwargs=SAME, mean=HALF, std=HALF),
+    "kdnb_densenet_small": dict(make=None, timm="densenet121", kwargs=dict(growth_rate=16, block_config=(3, 4, 6, 4)),
+                                mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
     "kdnb_squeezenet1_0": dict(make=squeezenet1_0, timm=None, kwargs={},
                                mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
 }
@@ -135,7 +137,7 @@ def from_hub(
         raise BadInput(f"net={plan['timm']!r} could not start from the hub: {str(e).splitlines()[0]} "
                        "Pass weights=FOLDER holding a local file of them, or pretrained=False.") from e
 
-# %% ../nbs/20_nets.ipynb #545a8053
+# %% ../nbs/20_nets.ipynb #206d6df9
 def weights_file(
     weights: str | Path,  # a file of weights, or a folder of such files
     name: str,  # name of the network
@@ -193,7 +195,7 @@ def load_weights(
     net.load_state_dict({k: v for k, v in fits.items() if kept or not k.startswith(head)}, strict=False)
     return kept
 
-# %% ../nbs/20_nets.ipynb #4c990bd5
+# %% ../nbs/20_nets.ipynb #b744438f
 @contextmanager
 def seeded(
     seed: int | None,  # seed of torch's CPU generator inside the block; `None` leaves it alone
@@ -212,7 +214,7 @@ def maker(
     "The function that makes a network from its number of classes."
     return plan["make"] or partial(timm.create_model, plan["timm"], **plan["kwargs"])
 
-
+# %% ../nbs/20_nets.ipynb #7086c16a
 def build(
     name: str,  # a name of timm's or one of `OURS`
     classes: int,  # classes C  [>= 2]
@@ -291,7 +293,7 @@ def dropped(
     layer = net.get_submodule(name)
     return [(name, Dropped(float(net.drop_rate), layer) if net.drop_rate else layer)]
 
-# %% ../nbs/20_nets.ipynb #3b73628a
+# %% ../nbs/20_nets.ipynb #c1c56afe
 def resnet(net: ResNet) -> tuple:  # steps of the body, steps of the head
     "ResNet, ResNeXt, wide ResNet and their kin."
     body = named(net, "conv1", "bn1", "act1", "maxpool") + inside(net, "layer1", "layer2", "layer3", "layer4")
@@ -313,7 +315,7 @@ def vgg(net: VGG) -> tuple:  # steps of the body, steps of the head
     "VGG with and without BatchNorm."
     return inside(net, "features"), named(net, "pre_logits", "head")
 
-
+# %% ../nbs/20_nets.ipynb #8fdc06f1
 def efficientnet(net: EfficientNet) -> tuple:  # steps of the body, steps of the head
     "MobileNetV1 and V2, EfficientNet and what else timm builds of the same bricks."
     stages = [n for n, _ in inside(net, "blocks")]
@@ -346,19 +348,18 @@ FAMILIES = {
     SqueezeNet: (squeezenet, False),
 }
 
-# %% ../nbs/20_nets.ipynb #4cb89e6c
-def in_line(
-    modules: list,  # modules in the order they run
-) -> nn.Sequential:  # the same modules, in a container that is in training mode if any of them is
-    "Put modules in line without touching their modes."
-    line = nn.Sequential(*modules)
-    line.training = any(m.training for m in modules)
-    return line
-
-
+# %% ../nbs/20_nets.ipynb #1800be8e
 class Blocks(nn.Module):
     "Ordered blocks of a network: its own modules, whose composition is the network."
-    def __init__(self, parts, names, ins, widths, strides, card=None):
+    def __init__(
+        self,
+        parts: list,  # blocks, each an nn.Sequential of the network's own modules (L)
+        names: list,  # names of the blocks (L)
+        ins: list,  # channels each takes (L)
+        widths: list,  # channels each gives; the last gives C (L)
+        strides: list,  # by how much the image has shrunk behind each; 0 behind the head (L)
+        card: dict | None = None,  # card of the network, where it has one
+    ):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.names, self.ins, self.widths, self.strides = list(names), list(ins), list(widths), list(strides)
@@ -380,6 +381,15 @@ class Blocks(nn.Module):
         if not isinstance(i, slice): return self.parts[i]
         return Blocks(list(self.parts)[i], self.names[i], self.ins[i], self.widths[i], self.strides[i], self.card)
 
+# %% ../nbs/20_nets.ipynb #146cddd0
+def in_line(
+    modules: list,  # modules in the order they run
+) -> nn.Sequential:  # the same modules, in a container that is in training mode if any of them is
+    "Put modules in line without touching their modes."
+    line = nn.Sequential(*modules)
+    line.training = any(m.training for m in modules)
+    return line
+
 
 def joined(
     blocks: Blocks,  # blocks to put together
@@ -393,7 +403,7 @@ def joined(
                   [blocks.ins[run[0]] for run in runs], [blocks.widths[i] for i in ends],
                   [blocks.strides[i] for i in ends], blocks.card)
 
-# %% ../nbs/20_nets.ipynb #c6606de1
+# %% ../nbs/20_nets.ipynb #896af9f6
 def probe(
     net: nn.Module,  # network the image is for
     size: int = 64,  # side of the image  [px]  H
@@ -404,7 +414,7 @@ def probe(
     image = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return image.to(p.device, p.dtype)
 
-
+# %% ../nbs/20_nets.ipynb #fd62d8df
 @contextmanager
 def evaluating(
     net: nn.Module,  # network to look at
@@ -483,7 +493,7 @@ def freeze(
     "Evaluation mode, and no gradients for any parameter."
     return net.eval().requires_grad_(False)
 
-# %% ../nbs/20_nets.ipynb #70be8494
+# %% ../nbs/20_nets.ipynb #34d4268c
 def latency(
     net: nn.Module,  # network to time
     size: int,  # side of the images  [px]
@@ -511,7 +521,7 @@ def cost(
     return dict(params=sum(p.numel() for p in net.parameters()), macs=counter.get_total_flops() // 2,
                 latency_ms=latency(net, size, batch))
 
-# %% ../nbs/20_nets.ipynb #3e8df7c3
+# %% ../nbs/20_nets.ipynb #d9a5da59
 def remade(
     card: dict,  # card of a network
     state: dict,  # its tensors by name
@@ -523,11 +533,12 @@ def remade(
     with seeded(0): net = maker(plan)(num_classes=card["classes"])
     try: net.load_state_dict(state)
     except RuntimeError as e:
-        raise BadInput(f"{what}: the weights are not those of its card, {card}: {' '.join(str(e).split())[:300]}") from e
+        reason = " ".join(str(e).split())[:300]
+        raise BadInput(f"{what}: the weights are not those of its card, {card}: {reason}") from e
     net.card = card
     return net.eval()
 
-
+# %% ../nbs/20_nets.ipynb #c1bb7e53
 def save_net(
     net: nn.Module,  # network with a card
     path: str | Path,  # file to write, .safetensors
@@ -539,7 +550,7 @@ def save_net(
     with writing(path) as tmp: safetensors.torch.save_file(state, tmp, metadata={"format": "pt", "kdnb_card": card})
     return Path(path)
 
-
+# %% ../nbs/20_nets.ipynb #f23bbc78
 def read_card(
     path: str | Path,  # file written by `save_net`
 ) -> dict:  # the card in its header

@@ -48,9 +48,9 @@ def patients(
         rng, n = _rng(seed, "patients", cls), len(names)
         places = np.stack([rng.permutation(n) for _ in range(10)], 1) + rng.uniform(.2, .8, (n, 10))
         z = ndtri(places/n)
-        middle = .5 + (.36 - .22*overlap)*(1 if cls == "malignant" else -1)
+        middle = .5 + (.38 - .22*overlap)*(1 if cls == "malignant" else -1)
         for name, row in zip(names, z, strict=True):
-            found[name] = {"severity": float(np.clip(middle + (.06 + .08*overlap)*row[0], 0, 1)), "look": row[1:]}
+            found[name] = {"severity": float(np.clip(middle + (.06 + .2*overlap)*row[0], 0, 1)), "look": row[1:]}
     return found
 
 # %% ../nbs/11_phantom.ipynb #8c100abf
@@ -64,10 +64,10 @@ def signature(
 ) -> dict:  # dyes (2, 3), amounts (2,) and the lamp's white (3,)
     "The stain signature of a slide: nearly that of its accession."
     z = patients(seed)[accession]["look"] + .15*_rng(seed, "slide", slide).standard_normal(9)
-    dyes = np.stack([HAEMATOXYLIN + [.05*z[0], .03*z[1], .05*z[2]], EOSIN + [.04*z[3], 0, .06*z[4]]]).clip(.02)
+    dyes = np.stack([HAEMATOXYLIN + [.035*z[0], .02*z[1], .035*z[2]], EOSIN + [.03*z[3], 0, .045*z[4]]]).clip(.02)
     return {"dyes": dyes/np.linalg.norm(dyes, axis=1, keepdims=True),
-            "amounts": np.exp([.22*z[5], .25*z[6]])*[.30, .34],
-            "lamp": np.array([.95 + .025*z[7], .95, .95 + .035*z[8]]).clip(.84, 1)}
+            "amounts": np.exp([.14*z[5], .16*z[6]])*[.30, .34],
+            "lamp": np.array([.95 + .02*z[7], .95, .95 + .03*z[8]]).clip(.84, 1)}
 
 # %% ../nbs/11_phantom.ipynb #b70065cf
 UM_PER_PX = {"40X": .49, "100X": .20, "200X": .10, "400X": .05}  # at 700 pixels a row, R Spanhol 2016 table I
@@ -81,7 +81,7 @@ def field_width(
     "How wide a field of view is in the scene."
     return UM_PER_PX[mag]*700*STRETCH
 
-# %% ../nbs/11_phantom.ipynb #f7c293d8
+# %% ../nbs/11_phantom.ipynb #544b73e3
 # pattern, radius [um], aspect, pitch of centres [um], lobule threshold, nuclei of the stroma per (100 um)^2: all H
 TYPES = {
     "A": ("glands", 24, 1.2, 62, -.3, 14), "F": ("glands", 26, 4.0, 120, -.9, 16),
@@ -108,7 +108,7 @@ def _hexagonal(rng, width, height, pitch, jitter=.25):
     points = np.stack([x, np.broadcast_to(rows[:, None], x.shape)], -1).reshape(-1, 2)
     return points + rng.normal(0, jitter*pitch, points.shape)
 
-
+# %% ../nbs/11_phantom.ipynb #1879d109
 def _ellipses(x, y, centres, a, b, angle):
     "Signed distance to a union of ellipses on a grid (H, W), and which ellipse is nearest."
     f, who = np.full((len(y), len(x)), 60., np.float32), np.zeros((len(y), len(x)), np.int16)
@@ -122,7 +122,7 @@ def _ellipses(x, y, centres, a, b, angle):
         f[s] = np.minimum(f[s], d)
     return f, who
 
-# %% ../nbs/11_phantom.ipynb #b13042e9
+# %% ../nbs/11_phantom.ipynb #b7993466
 @dataclass
 class Scene:
     "A piece of tissue in micrometres, before any objective looks at it."
@@ -137,9 +137,10 @@ class Scene:
     def at(self, name, x, y):
         "A map's value at points, nearest grid node."
         m = self.maps[name]
-        return m[np.clip(np.rint(y/GRID).astype(int), 0, len(m) - 1), np.clip(np.rint(x/GRID).astype(int), 0, m.shape[1] - 1)]
+        i, j = (np.clip(np.rint(v/GRID).astype(int), 0, n - 1) for v, n in zip((y, x), m.shape, strict=True))
+        return m[i, j]
 
-
+# %% ../nbs/11_phantom.ipynb #d8e52601
 def _layout(scene, kind, rng):
     "Lay the epithelium out: the maps `f` and `thick` (see above), `mucin` and `fat`."
     pattern, radius, aspect, pitch, level, _ = TYPES[kind]
@@ -169,7 +170,7 @@ def _glands(scene, rng, radius, aspect, pitch, allowed):
     wall = np.where(rng.random(n) < .05 + .8*s, 90, np.minimum(rng.normal(17, 2, n) + 5*s, .75*r/k + 4))
     return f, (wall.astype(np.float32) if n else np.full(1, 90, np.float32))[who]
 
-
+# %% ../nbs/11_phantom.ipynb #fa3f4200
 def _waves(scene, rng, pattern, radius, level, shape):
     "Epithelium where a smooth random map passes a level: nests, slits between leaves, fronds."
     n = _smooth(rng, shape, radius*(2.2 if pattern != "nests" else 1.5 + rng.random())/GRID)
@@ -187,7 +188,7 @@ def _fat(scene, rng, shape):
     r = np.minimum(30*np.exp(rng.normal(0, .12, len(c))), 33)
     return _ellipses(x, y, c, r*1.08, r, rng.uniform(0, 3, len(c)))[0]
 
-# %% ../nbs/11_phantom.ipynb #d8f6e1f2
+# %% ../nbs/11_phantom.ipynb #0337a10e
 def _epithelial(scene, rng):
     "Nuclei of the epithelium as arrays."
     s = scene.severity
@@ -213,7 +214,7 @@ def _epithelial(scene, rng):
     return {"x": p[:, 0], "y": p[:, 1], "a": size*long, "b": size/long, "angle": angle,
             "dark": np.exp(rng.normal(.0, .1 + .22*s, len(p))), "wild": np.full(len(p), s)}
 
-
+# %% ../nbs/11_phantom.ipynb #c69234ce
 def _apart(p, rng, least):
     "Points with one of every pair closer than `least` taken out, and which were kept."
     kept = np.ones(len(p), bool)
@@ -238,7 +239,7 @@ def _stromal(scene, kind, rng, look):
     keep &= rng.random(len(keep)) > .93*scene.at("mucin", new["x"], new["y"])
     return {k: v[keep] for k, v in new.items()}
 
-
+# %% ../nbs/11_phantom.ipynb #3eea460b
 def _files(scene, rng):
     "Single files of tumour cells along the fibres."
     p = _hexagonal(rng, scene.width, scene.height, 9.5, .12)
@@ -255,7 +256,7 @@ def _join(a, b):
     "Two tables of nuclei as one."
     return {k: np.concatenate([a[k], b[k]]) for k in a}
 
-# %% ../nbs/11_phantom.ipynb #a27c21ad
+# %% ../nbs/11_phantom.ipynb #2e6ee8f5
 def fibre_coordinates(
     scene: Scene,  # scene
     x, y,  # points  [um]
@@ -276,7 +277,7 @@ def fibre_angle(
     uy = fibre_coordinates(scene, x, y + 2*GRID)[0] - u0
     return np.arctan2(-ux, uy)
 
-
+# %% ../nbs/11_phantom.ipynb #860ca649
 def make_scene(
     slide: str,  # slide id
     accession: str,  # its accession number
@@ -288,8 +289,8 @@ def make_scene(
     "Lay out one piece of tissue of a slide."
     kind, me = slide.split("-")[0], patients(seed, overlap)[accession]
     rng, width = _rng(seed, "scene", slide, index), field_width("40X")
-    severity = float(np.clip(me["severity"] + .15*rng.standard_normal(), 0, 1))
-    if rng.random() < .36*overlap: kind, severity = "F", .5 + .4*(severity - .5)  # plain tissue, which every slide has
+    severity = float(np.clip(me["severity"] + .1*rng.standard_normal(), 0, 1))
+    if rng.random() < .3*overlap: kind, severity = "F", .5 + .4*(severity - .5)  # plain tissue, which every slide has
     scene = Scene(width, width*ratio, severity, rng.uniform(0, np.pi))
     shape = (int(scene.height/GRID) + 2, int(scene.width/GRID) + 2)
     scene.maps |= {"warp_x": _smooth(rng, shape, 150/GRID) + .3*_smooth(rng, shape, 40/GRID),
@@ -300,7 +301,7 @@ def make_scene(
     scene.windows = _windows(scene, rng)
     return scene
 
-
+# %% ../nbs/11_phantom.ipynb #d1ed77ed
 def _shape(nuclei, rng):
     "Give every nucleus its contour, chromatin and nucleolus, as wild as it is."
     n, w = len(nuclei["x"]), nuclei["wild"]
@@ -313,24 +314,31 @@ def _shape(nuclei, rng):
     nuclei["dark"] = np.where(dividing, 1.9, nuclei["dark"])
     nuclei["b"] = np.where(dividing, .45*nuclei["b"], nuclei["b"])
 
-
+# %% ../nbs/11_phantom.ipynb #d005d70b
 def _windows(scene, rng):
     "Nested windows, the innermost on epithelium."
     tries = rng.random((12, 2))*[.8*scene.width, .8*scene.height] + [.1*scene.width, .1*scene.height]
     f, thick = scene.at("f", *tries.T), scene.at("thick", *tries.T)
     worth = np.abs(f + np.minimum(thick, 22)*.6) + 3*rng.random(12) + 100*(scene.at("fat", *tries.T) < 35)
+    if f.min() > 25: worth = cKDTree(np.stack([scene.nuclei["x"], scene.nuclei["y"]], 1)).query(tries, 25)[0][:, -1]
     x, y = tries[np.argmin(worth)]
     box, windows = (x, y, x, y), {}
     for mag in reversed(MAGS):
         w = field_width(mag)
         h = w*scene.height/scene.width
-        left = np.clip(rng.uniform(max(0, box[2] - w), max(0, min(box[0], scene.width - w)) + 1e-6), 0, scene.width - w)
-        top = np.clip(rng.uniform(max(0, box[3] - h), max(0, min(box[1], scene.height - h)) + 1e-6), 0, scene.height - h)
-        if mag == "400X": left, top = np.clip(x - w*rng.uniform(.3, .7), 0, scene.width - w), np.clip(y - h*rng.uniform(.3, .7), 0, scene.height - h)
+        inside = (.3, .7) if mag == "400X" else (0, 1)  # the chosen point lies well within the innermost window
+        left = _around(box[0], box[2], w, scene.width, rng.uniform(*inside))
+        top = _around(box[1], box[3], h, scene.height, rng.uniform(*inside))
         box = windows[mag] = tuple(float(v) for v in (left, top, left + w, top + h))
     return windows
 
-# %% ../nbs/11_phantom.ipynb #41dba70a
+
+def _around(low, high, length, whole, share):
+    "Where a window of a length starts that holds `low` to `high` and lies in 0 to `whole`."
+    first, last = max(0, high - length), min(low, whole - length)
+    return min(max(first + share*(last - first), 0), whole - length)
+
+# %% ../nbs/11_phantom.ipynb #4dc3299b
 @lru_cache(1)
 def _bank():
     "A tile of smooth noise that repeats without seams: unit variance, bumps about 6 nodes wide."
@@ -352,52 +360,59 @@ def _noise(u, v, shift=0):
 def _zoom(m, window, size):
     "A map of the scene cut to a window and brought to `size` pixels."
     box = tuple(np.clip(np.array(window)/GRID + .5, 0, np.array(m.shape[1::-1]*2)))
-    return np.asarray(Image.fromarray(np.ascontiguousarray(m, np.float32)).resize(size, Image.Resampling.BICUBIC, box=box))
+    picture = Image.fromarray(np.ascontiguousarray(m, np.float32))
+    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC, box=box))
 
+# %% ../nbs/11_phantom.ipynb #3417dd31
+def _stroma(u, v, mucin, see):
+    "Haematoxylin and eosin of fibres with clefts between them, or of mucin; `u` and `v` as by `fibre_coordinates`."
+    u = u + 4*_noise(u/60, v/22, 4)  # crimp
+    bundle, fibre = _noise(u/13, v/75), see(3)*_noise(u/3.2, v/42, 1)
+    fine = see(1.2)*_noise(u/1.1, v/11, 2)
+    strand = np.exp(-np.abs(fibre + .3*fine)*3)*see(2)  # thin dark lines where the noise changes sign
+    crack = np.exp(-np.abs(_noise(u/15, v/55, 6) + .12*fine)*13/see(3))*see(2.5)
+    crack *= expit(3*(_noise(u/40, v/60, 7) - .1 - .9*bundle))  # only where the tissue is loose
+    cleft = np.maximum(crack, expit((-1.7 - bundle - .5*fibre - .3*fine)*3))*(1 - .6*mucin)
+    solid = (.36 + .10*bundle + .08*fibre + .05*fine + .20*strand)*(1 - .9*cleft)
+    h = (.06 + .03*fine + .05*strand)*(1 - .8*cleft) + .05*mucin
+    return h, solid*(1 - mucin) + mucin*(.07 + .05*np.maximum(fibre + bundle, 0)), fine
 
+# %% ../nbs/11_phantom.ipynb #df50561c
 def _tissue(scene, window, size):
     "Haematoxylin and eosin of everything but nuclei (2, H, W)."
     px = (window[2] - window[0])/size[0]
     x = (window[0] + px*(np.arange(size[0]) + .5)).astype(np.float32)[None]
     y = (window[1] + px*(np.arange(size[1]) + .5)).astype(np.float32)[:, None]
-    f, thick, fat, mucin, wx, wy = (_zoom(scene.maps[k], window, size) for k in ("f", "thick", "fat", "mucin", "warp_x", "warp_y"))
+    names = ("f", "thick", "fat", "mucin", "warp_x", "warp_y")
+    f, thick, fat, mucin, wx, wy = (_zoom(scene.maps[k], window, size) for k in names)
     c, s = np.cos(scene.angle), np.sin(scene.angle)
-    u, v = -s*x + c*y + WARP*wx, c*x + s*y + WARP*wy
     see = lambda um: um/(um + .6*px)  # details below a pixel wash out
-    crimp = _noise(u/60, v/22, 4)
-    u = u + 4*crimp
-    bundle, fibre = _noise(u/13, v/75), see(3)*_noise(u/3.2, v/42, 1)
-    fine, grain = see(1.2)*_noise(u/1.1, v/11, 2), see(2.5)*_noise(x/2.5, y/2.5, 3)
-    strand = np.exp(-np.abs(fibre + .3*fine)*3)*see(2)  # thin dark lines where the noise changes sign
-    crack = np.exp(-np.abs(_noise(u/15, v/55, 6) + .12*fine)*13/see(3))*expit(3*(_noise(u/40, v/60, 7) - .1 + .9*bundle*-1))*see(2.5)
-    stroma = .36 + .10*bundle + .08*fibre + .05*fine + .20*strand
-    cleft = np.maximum(crack, expit((-1.7 - bundle - .5*fibre - .3*fine)*3))*(1 - .6*mucin)
-    e = stroma*(1 - .9*cleft)*(1 - mucin) + mucin*(.07 + .05*np.maximum(fibre + bundle, 0))
-    h = (.06 + .03*fine + .05*strand)*(1 - .8*cleft) + .05*mucin
     edge = lambda d: expit(d/max(.45*px, .5))
+    h, e, fine = _stroma(-s*x + c*y + WARP*wx, c*x + s*y + WARP*wy, mucin, see)
+    grain = see(2.5)*_noise(x/2.5, y/2.5, 3)
     rough = f + .8*grain
     inside, lumen = edge(-rough), edge(-rough - thick + .8*grain)
     e += inside*(.40 + .07*grain + .04*fine - e)
     h += inside*(.20 + .05*grain - h)
     e += .25*np.exp(-((rough - 1.5)/2)**2)*(1 - mucin)*(1 - inside)  # basement membrane
-    white = 1 - (1 - lumen)*(1 - edge(-fat))
-    return np.stack([h.clip(.01)*(1 - white), e.clip(.02)*(1 - white) + .015])
+    tissue = (1 - lumen)*(1 - edge(-fat))
+    return np.stack([h.clip(.01)*tissue, e.clip(.02)*tissue + .015])
 
-
+# %% ../nbs/11_phantom.ipynb #fa15e657
 def _nuclei(scene, window, size):
     "Haematoxylin of the nuclei (H, W), each drawn into its own patch of pixels and all patches added at once."
     px = (window[2] - window[0])/size[0]
     n, margin = scene.nuclei, 10
     near = ((n["x"] > window[0] - margin) & (n["x"] < window[2] + margin)
             & (n["y"] > window[1] - margin) & (n["y"] < window[3] + margin))
-    n = {k: v[..., near] for k, v in n.items()}
+    n = {k: v[..., near].astype(np.complex64 if k == "contour" else np.float32) for k, v in n.items()}
     if not len(n["x"]): return np.zeros(size[::-1], np.float32)
     cx, cy = (n["x"] - window[0])/px, (n["y"] - window[1])/px
     total = np.zeros((size[1] + 2)*(size[0] + 2))
     reach = np.ceil(n["a"]*1.25/px + 1.5).astype(int)
     for lo, hi in _batches(reach):
         use = (reach > lo) & (reach <= hi)
-        if use.any(): _splat(total, {k: v[..., use].astype(np.complex64 if k == "contour" else np.float32) for k, v in n.items()}, cx[use], cy[use], px, hi, size)
+        if use.any(): _splat(total, {k: v[..., use] for k, v in n.items()}, cx[use], cy[use], px, hi, size)
     h = total.reshape(size[1] + 2, size[0] + 2)[1:-1, 1:-1]
     return (1.5*(1 - np.exp(-h/1.5))).astype(np.float32)
 
@@ -407,7 +422,7 @@ def _batches(reach):
     limits = np.unique(np.quantile(reach, [.5, .9, 1], method="higher"))
     return list(zip([0, *limits[:-1]], limits, strict=True))
 
-
+# %% ../nbs/11_phantom.ipynb #c5381469
 def _splat(total, n, cx, cy, px, reach, size):
     "Add a batch of nuclei to the padded image `total`."
     o = np.arange(-reach, reach + 1)
@@ -428,7 +443,7 @@ def _splat(total, n, cx, cy, px, reach, size):
     at = np.clip(iy + 1, 0, size[1] + 1)*(size[0] + 2) + np.clip(ix + 1, 0, size[0] + 1)
     total += np.bincount(at.ravel(), od.ravel(), len(total))
 
-
+# %% ../nbs/11_phantom.ipynb #5726cadd
 def _chromatin(n, z, r, x, y, px):
     "What is inside a nucleus: a pale middle, a dark rim, clumps, and a nucleolus."
     clump = (1.5/(1.5 + px))*_noise(x/1.3 + 7*n["spot"][0], y/1.3 + 9*n["spot"][1], 5)
@@ -447,7 +462,7 @@ def dyes(
     he[1] += .10*nuclei
     return he
 
-# %% ../nbs/11_phantom.ipynb #be7f42f6
+# %% ../nbs/11_phantom.ipynb #e3ec7a6e
 _TYPICAL = np.array([[.18, 1.0, .45], [.27, .22, .40], [.35, .08, .50], [.20, .02, .04]])  # share, h and e of pixels  H
 
 
@@ -472,7 +487,7 @@ def absorb(
         power = (power + (light.mean(0) - goal)/np.maximum((light*few).mean(0), 1e-3)).clip(.3, 3).astype(np.float32)
     return np.exp(-power*density)*sig["lamp"].astype(np.float32)
 
-
+# %% ../nbs/11_phantom.ipynb #4929e2e9
 def photograph(
     light: np.ndarray,  # light (H, W, 3)  [0,1]
     rng,  # generator of the image
@@ -503,7 +518,7 @@ def render(
     "One view of a scene as a picture."
     return photograph(absorb(dyes(scene, mag, size), sig, rng), rng)
 
-# %% ../nbs/11_phantom.ipynb #d6a2eef7
+# %% ../nbs/11_phantom.ipynb #fd0ea437
 IMAGES = 6  # images of a slide at each magnification, fewer where BreakHis has fewer  H
 
 
@@ -525,23 +540,29 @@ def _write_slide(root, row, plan):
     return written
 
 
+def _whole(name, value, least):
+    "A whole number from `least` up, or a refusal."
+    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least: return int(value)
+    raise BadInput(f"{name}={value!r} is not accepted; a whole number from {least} up is")
+
+# %% ../nbs/11_phantom.ipynb #e16d2a7f
 def _plan(mags=MAGS, images=IMAGES, size=SIZE, seed=0, overlap=OVERLAP, slides=None):
     "The parameters of a phantom, checked and in one form."
-    mags = [mags] if isinstance(mags, str | int) else list(mags)
+    mags = {magnification(m) for m in ([mags] if isinstance(mags, str | int) else mags)}
     if not mags: raise BadInput("mags is empty; accepted are " + ", ".join(map(repr, MAGS)))
-    known, size = _slide_rows().slide_id.tolist(), tuple(size)
-    for name, value, least in (("images", images, 1), ("seed", seed, 0), *(("size", v, 24) for v in size)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise BadInput(f"{name}={value!r} is not accepted; a whole number from {least} up is")
-    if len(size) != 2: raise BadInput(f"size={size!r} is not accepted; (width, height) in pixels is")
-    if not 0 <= overlap <= 1: raise BadInput(f"overlap={overlap!r} is not accepted; a number from 0 to 1 is")
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise BadInput(f"size={size!r} is not accepted; (width, height) in pixels is")
+    if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap <= 1:
+        raise BadInput(f"overlap={overlap!r} is not accepted; a number from 0 to 1 is")
+    known = _slide_rows().slide_id.tolist()
     chosen = None if slides is None else sorted({one_of("slides", s, known) for s in slides})
     if chosen == []: raise BadInput("slides is empty; pass slide ids, or None for all")
-    return {"version": VERSION, "mags": [m for m in MAGS if m in {magnification(m) for m in mags}], "images": int(images),
-            "size": [int(v) for v in size], "seed": int(seed), "overlap": float(overlap), "slides": chosen}
+    return {"version": VERSION, "mags": [m for m in MAGS if m in mags], "images": _whole("images", images, 1),
+            "size": [_whole("size", v, 24) for v in size], "seed": _whole("seed", seed, 0),
+            "overlap": float(overlap), "slides": chosen}
 
-# %% ../nbs/11_phantom.ipynb #f25aa840
-VERSION = 1  # of the drawing; a phantom of another version is another phantom
+
+VERSION = 2  # of the drawing; a phantom of another version is another phantom
 _slide_rows = slides  # under a name that the parameter `slides` does not cover
 
 
@@ -551,25 +572,25 @@ def phantom_home(
     "Where the phantom of these parameters is kept: a folder named by their digest."
     return cache_home()/"phantom"/digest(_plan(**params), n=10)
 
+# %% ../nbs/11_phantom.ipynb #042d4b1d
+def _mark(root, plan, complete):
+    "Write the marker: what this tree is, and whether all of it is there."
+    facts = {"synthetic": True, "complete": complete, "digest": digest(plan), **plan}
+    write_whole(root/"phantom.json", json.dumps(facts, indent=1))
+
 
 def _begin(root, plan):
-    "Read or write the marker of a root; True if everything is there, refused if it holds something else."
-    marker = Path(root)/"phantom.json"
-    if not marker.exists():
-        if (Path(root)/"BreaKHis_v1").exists():
-            raise BadInput(f"{root} holds a tree that is no phantom; pass another root")
-        write_whole(marker, json.dumps({"synthetic": True, "complete": False, **plan}, indent=1))
-        return False
-    there = json.loads(marker.read_text())
-    complete = there.pop("complete", False)
-    there.pop("synthetic", None)
-    there.pop("digest", None)
-    if there == plan: return complete
-    differs = {k: (there.get(k), v) for k, v in plan.items() if there.get(k) != v}
-    raise BadInput(f"root={str(root)!r} holds a phantom with other parameters: " + "; ".join(
-        f"{k} is {old!r} there and {new!r} here" for k, (old, new) in differs.items()) + ". Pass another root.")
+    "Mark a new root, or read its marker; True if everything is there. One that holds something else is refused."
+    if not (root/"phantom.json").exists():
+        if (root/"BreaKHis_v1").exists(): raise BadInput(f"{root} holds a tree that is no phantom; pass another root")
+        return _mark(root, plan, False)
+    there = json.loads((root/"phantom.json").read_text(encoding="utf-8"))
+    differs = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in plan.items() if there.get(k) != v]
+    if not differs: return there["complete"]
+    raise BadInput(f"root={str(root)!r} holds a phantom with other parameters (digest {there.get('digest')}, not "
+                   f"{digest(plan)}): {'; '.join(differs)}. Pass another root.")
 
-# %% ../nbs/11_phantom.ipynb #eb3117f5
+# %% ../nbs/11_phantom.ipynb #87c8a774
 def write_phantom(
     root: str | Path,  # folder that is to hold `BreaKHis_v1`
     mags: tuple = MAGS,  # magnifications
@@ -583,16 +604,17 @@ def write_phantom(
 ) -> Path:  # the root
     "Write the phantom, or what is missing of it; `phantom.json` says what it is and, written last, that it is whole."
     plan, root = _plan(mags, images, size, seed, overlap, slides), user_path(root)
+    jobs = _cores() if jobs is None else _whole("jobs", jobs, 1)
     if _begin(root, plan): return root
     rows = _slide_rows()
     if plan["slides"]: rows = rows[rows.slide_id.isin(plan["slides"])]
-    rows, jobs = rows.to_dict("records"), min(jobs or _cores(), len(rows))
+    rows, jobs = rows.to_dict("records"), min(jobs, len(rows))
     done = _in_processes(root, rows, plan, jobs) if jobs > 1 else (_write_slide(root, r, plan) for r in rows)
     for _ in tqdm(done, total=len(rows), desc="drawing slides", mininterval=.5, leave=False, disable=not progress): pass
-    write_whole(root/"phantom.json", json.dumps({"synthetic": True, "complete": True, "digest": digest(plan), **plan}, indent=1))
+    _mark(root, plan, True)
     return root
 
-
+# %% ../nbs/11_phantom.ipynb #25da2772
 def _cores():
     "Cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

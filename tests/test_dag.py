@@ -1,5 +1,6 @@
 "Imports go to smaller numbers only, and what is said to be light is light."
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def imported(module):
             yield from ([f"kdnb.{a.name}" for a in node.names] if source == "kdnb" else [source])
 
 
-def rooms(module): return {n.split(".")[1] for n in imported(module) if n.startswith("kdnb.")}
+def rooms(module): return {n.split(".")[1] for n in imported(module) if n.startswith("kdnb.")} - {module}
 
 
 def python(code):
@@ -63,6 +64,14 @@ def test_light_rooms_import_without_torch(module):
 def test_import_kdnb_imports_nothing_heavy():
     loaded = set(python("import sys, kdnb; print(*sys.modules)"))
     assert not loaded & {*HEAVY, "numpy", "pandas", "matplotlib", "sklearn"}
+
+
+def test_what_is_imported_is_required():
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(ROOT/"settings.ini")
+    called = {"sklearn": "scikit-learn", "PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+    names = {n.split(".")[0] for module in NUMBER for n in imported(module)} - {"kdnb", *sys.stdlib_module_names}
+    assert {called.get(n, n) for n in names} <= set(ini["DEFAULT"]["requirements"].split())
 
 
 def test_init_names_the_rooms():

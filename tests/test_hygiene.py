@@ -46,7 +46,7 @@ def exported(path): return [c["text"] for c in cells(path) if "export" in direct
 def length(text): return sum(bool(s.strip()) and not s.startswith("#|") for s in text.splitlines())
 
 
-def functions(text): return [n for n in ast.walk(tree(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+def functions(node): return [n for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def comments(text):
@@ -147,7 +147,7 @@ def test_lesson_cells(path):
 @each(MODULES)
 def test_function_bodies(path):
     body = lambda f: f.end_lineno - (f.body[1] if ast.get_docstring(f) and f.body[1:] else f.body[0]).lineno + 1
-    long = {f.name: body(f) for text in exported(path) for f in functions(text) if body(f) > BODY}
+    long = {f.name: body(f) for text in exported(path) for f in functions(tree(text)) if body(f) > BODY}
     assert not long, f"over {BODY} lines"
 
 
@@ -178,19 +178,27 @@ def test_parameters_are_documented(path):
     "One comment for every parameter of a public function, and for every default of a method."
     wrong = []
     for text in exported(path):
-        there, top = comments(text), [n for n in tree(text).body if isinstance(n, ast.FunctionDef)]
-        for f in functions(text):
-            if f.name.startswith("_") and f in top: continue
-            a = f.args
-            spare = a.defaults and [*a.posonlyargs, *a.args][-len(a.defaults):]
-            spare = [*spare, *(k for k, d in zip(a.kwonlyargs, a.kw_defaults, strict=True) if d is not None)]
-            every = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
-            wanted = every if f in top else spare if not nested(f, top) else []
-            wrong += [f"{f.name}({p.arg})" for p in wanted if not there & {p.lineno - 1, p.end_lineno}]
+        there, public = comments(text), [n for n in tree(text).body if not getattr(n, "name", "_").startswith("_")]
+        methods = [m for c in public if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)]
+        for f in public:
+            if isinstance(f, ast.FunctionDef): wrong += silent(f, everything(f), there)
+        for f in methods: wrong += silent(f, defaulted(f), there)
     assert not wrong, "no comment says what these are"
 
 
-def nested(f, top): return any(f is not g and f in ast.walk(g) for g in top)
+def everything(f):
+    a = f.args
+    return [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+
+
+def defaulted(f):
+    a = f.args
+    plain = [*a.posonlyargs, *a.args]
+    return plain[len(plain) - len(a.defaults):] + [k for k, d in zip(a.kwonlyargs, a.kw_defaults, strict=True) if d]
+
+
+def silent(f, parameters, there):
+    return [f"{f.name}({p.arg})" for p in parameters if not there & {p.lineno - 1, p.end_lineno}]
 
 
 # ---- experiments
@@ -220,13 +228,19 @@ def test_parameters_cell(path):
 @each(EXPERIMENTS)
 def test_parameters_are_checked_at_once(path):
     second = cells(path)[1]["text"]
-    assert "check_parameters(globals()" in second, "the first cell after the parameters must check them"
+    assert re.search(r"check_parameters\(\s*globals\(\)", second), "the first cell after the parameters must check them"
 
 
 @each(EXPERIMENTS)
 def test_experiment_defines_no_functions(path):
     kinds = (ast.FunctionDef, ast.ClassDef)
     assert not [n.name for c in cells(path) for n in ast.walk(tree(c["text"])) if isinstance(n, kinds)]
+
+
+@pytest.mark.parametrize("path", sorted((NBS/"grids").glob("*.toml")), ids=lambda p: p.name)
+def test_grids_fit_their_notebooks(path):
+    from kdnb.run import load_grid
+    assert load_grid(path)[0]
 
 
 def test_the_experiments_are_there():

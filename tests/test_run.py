@@ -138,6 +138,13 @@ def test_papermill_itself_does_not_pass_a_misspelt_name(tmp_path):
     assert done.returncode != 0 and "Did you mean 'mag'?" in done.stderr
 
 
+def test_a_lost_tag_is_noticed(tmp_path):
+    "Without its tag papermill's values would be overwritten by the defaults, with exit code 0."
+    toy(tmp_path/"run_toy.ipynb", tags=())
+    done = command("papermill", "run_toy.ipynb", "out.ipynb", "-p", "k", "5", cwd=tmp_path)
+    assert done.returncode != 0 and "lost its tag" in done.stderr
+
+
 def test_a_fault_of_ours_points_to_its_traceback(tmp_path):
     toy(tmp_path/"run_toy.ipynb", "1 / 0")
     done = command("kdnb_run", "run_toy.ipynb", cwd=tmp_path)
@@ -212,6 +219,7 @@ def test_commands_that_make_no_sense(argv, message, tmp_path, monkeypatch):
 def test_take_home_never_overwrites_what_was_changed(tmp_path):
     files = take_home(tmp_path/"mine")
     assert files == take_home(tmp_path/"mine"), "a second time changes nothing"
+    assert len(files) >= 3
     files[0].write_text("mine")
     files[-1].unlink()
     with pytest.raises(BadInput, match="not overwritten"): take_home(tmp_path/"mine")
