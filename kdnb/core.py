@@ -175,10 +175,10 @@ def code_digest(
 
 
 def git_state() -> dict:  # commit (None outside a checkout) and whether tracked files differ from it
-    "The commit the code stands at, and whether it was modified since."
-    root = checkout()
+    "The commit the code stands at, and whether code or notebooks were modified since."
+    root, code = checkout(), ("--", "kdnb", "nbs", "settings.ini")
     ask = lambda *a: subprocess.run(["git", *a], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    try: return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
+    try: return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno", *code))}
     except (OSError, subprocess.CalledProcessError): return {"commit": None, "dirty": None}
 
 
@@ -228,15 +228,15 @@ class Preset:
     graft_batch: int  # views in a step of a student  H
     teacher_steps: int  # optimiser steps of each teacher, at most  H
     graft_steps: int  # optimiser steps of the whole student, shared by both stages; baselines get the same  H
-    teacher_lr: float  # peak learning rate of teachers  H
+    teacher_lr: float  # peak learning rate of teachers from a random start  H
     lr: float  # peak learning rate of grafts and students  H
 
 
 PRESETS = {
-    "laptop": Preset("laptop", 64, ("kdnb_mobilenetv1_075", "regnetx_002", "resnet10t"), "test_resnet", False,
-                     32, 16, 240, 500, 2e-3, 2e-3),
+    "laptop": Preset("laptop", 64, ("resnet10t", "regnetx_002", "kdnb_mobilenetv1_075"), "test_resnet", False,
+                     32, 16, 240, 500, 1e-2, 2e-3),
     "paper": Preset("paper", 224, ("resnet34", "resnet50", "densenet121"), "resnet18", True,
-                    64, 64, 2000, 6000, 3e-4, 1e-3),
+                    64, 64, 2000, 6000, 6e-3, 1e-3),
 }
 
 # %% ../nbs/00_core.ipynb #19a481a3

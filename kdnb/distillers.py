@@ -197,10 +197,11 @@ def show_confusion(
 ):  # matplotlib figure
     "Truth against decision, counted."
     import matplotlib.pyplot as plt
-    from sklearn.metrics import ConfusionMatrixDisplay
-    fig, ax = plt.subplots(figsize=(3.4, 3), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(y, p.argmax(1), labels=range(len(classes)), display_labels=classes, ax=ax,
-                                            cmap="Blues", colorbar=False)
+    import seaborn as sns
+    from sklearn.metrics import confusion_matrix
+    fig, ax = plt.subplots(figsize=(3.4, 2.8), layout="constrained")
+    counts = confusion_matrix(y, p.argmax(1), labels=range(len(classes)))
+    sns.heatmap(counts, annot=True, fmt="d", cmap="Blues", cbar=False, ax=ax, xticklabels=classes, yticklabels=classes)
     ax.set(xlabel=f"decision of {name}", ylabel="truth")
     plt.close(fig)
     return fig

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'BATCHNORM', 'STAGE1_SHARE', 'adapter', 'readers', 'fold', 'channel_map', 'merge_into',
            'plain_boundaries', 'regroup', 'Graft', 'Lesson', 'checkpoint', 'Taught', 'activations', 'set_batchnorm',
-           'train_span', 'plan', 'Spliced', 'merge', 'vital_signs', 'graft_student', 'save_student', 'load_student',
-           'show_life']
+           'train_span', 'plan', 'draw_grafts', 'Spliced', 'merge', 'vital_signs', 'graft_student', 'save_student',
+           'load_student', 'show_life']
 
 # %% ../nbs/60_grafting.ipynb #799515c8
 import copy
@@ -292,6 +292,46 @@ def plan(
     alone = [(f"stage 1 block {i + 1}", i, i, one) for i in range(blocks)]
     chained = [(f"stage 2 blocks 1-{i + 1}", 0, i, two) for i in range(1, blocks)]
     return [p for p in alone + chained if p[-1] > 0]
+
+# %% ../nbs/60_grafting.ipynb #e8f7a027
+def draw_grafts(
+    graft: Graft,  # student blocks and their host
+):  # matplotlib figure
+    "Host, span and suffix of every graft of both stages, one row each."
+    import matplotlib.pyplot as plt
+    last = len(graft) - 1
+    spans = [("teacher", 1, 0), *((f"stage 1, block {i + 1}", i, i) for i in range(last + 1)),
+             *((f"stage 2, blocks 1-{i + 1}", 0, i) for i in range(1, last)), ("stage 2: the student", 0, last)]
+    fig, ax = plt.subplots(figsize=(7, .3*len(spans) + .7), layout="constrained")
+    for row, (name, first, end) in enumerate(spans):
+        ax.text(-.15, -row, name, ha="right", va="center", fontsize=8)
+        for i in range(last + 1): _draw_block(ax, graft, i, -row, first <= i <= end)
+    for i, (block, stride) in enumerate(zip(graft.host.names, graft.host.strides, strict=True)):
+        ax.text(i + .45, .75, f"{block}\n1/{stride}" if stride else block, ha="center", va="bottom", fontsize=7)
+    ax.set(xlim=(-1.7, last + 1.1), ylim=(-len(spans) + .4, 2))
+    ax.axis("off")
+    plt.close(fig)
+    return fig
+
+
+def _draw_block(ax, graft, i, y, student):
+    "One block at its place, as high as its channels are many, with its adapters if it is the student's."
+    wide = max(graft.host.widths[:-1])
+    d = graft.parts[i][1] if student else graft.host[i]
+    height = .3 + .4*((_channels(d) if i < len(graft) - 1 else wide/4)/wide)**.5
+    ax.add_patch(_box(i + .1, y - height/2, .7, height, "#f28e2b" if student else "#b8c0c8"))
+    for bar, part in ((.03, 0), (.83, 2)):
+        if student and isinstance(graft.parts[i][part], nn.Conv2d):
+            ax.add_patch(_box(i + bar, y - .3, .04, .6, "#4e79a7"))
+
+# %% ../nbs/60_grafting.ipynb #e6a3fd0c
+def _channels(block): return [m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)][-1]
+
+
+def _box(x, y, w, h, colour):
+    "A filled rectangle."
+    from matplotlib.patches import Rectangle
+    return Rectangle((x, y), w, h, facecolor=colour, edgecolor="white", linewidth=.5)
 
 # %% ../nbs/60_grafting.ipynb #e6b1f9ec
 class Spliced(nn.Module):

@@ -154,7 +154,7 @@ def load_teacher(
     return Teacher(net.eval(), card, folder)
 
 # %% ../nbs/40_teacher.ipynb #415c48e1
-PRETRAINED_RATE = .25  # a pretrained start learns at this share of the preset's rate  H
+PRETRAINED_RATE = .05  # a pretrained start learns at this share of the preset's rate  H
 PATIENCE = 8  # checks without a better standing on validation patients before training stops  H
 TIE = 1e-3  # weight of the loss beside the AUROC  H
 
