@@ -102,7 +102,8 @@ def check_scores(
 ) -> Tensor:  # scores  (M,)
     "Refuse scores that are not one number from 0 to 1 a teacher."
     try: scores = torch.as_tensor(scores, dtype=z.dtype, device=z.device)
-    except (TypeError, ValueError, RuntimeError): raise BadInput(f"scores={scores!r} are not one number a teacher") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise BadInput(f"scores={scores!r} are not one number a teacher") from None
     if scores.shape != z.shape[:1]:
         raise BadInput(f"scores have shape {tuple(scores.shape)}; accepted is one a teacher, ({len(z)},)")
     if ((scores >= 0) & (scores <= 1)).all(): return scores
@@ -116,7 +117,8 @@ def check_labels(
     "Refuse labels that are not one class index an image."
     labels = torch.as_tensor(labels, device=z.device)
     if labels.shape != z.shape[1:2] or labels.is_floating_point():
-        raise BadInput(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; accepted are integers ({z.shape[1]},)")
+        raise BadInput(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+                       f"accepted are integers ({z.shape[1]},)")
     bad = labels[(labels < 0) | (labels >= z.shape[2])]
     if len(bad): raise BadInput(f"labels hold {int(bad[0])}; accepted are class indices from 0 to {z.shape[2] - 1}")
     return labels.long()
@@ -130,7 +132,8 @@ def check_weights(
     "Weights of a rule, made to sum to one; refused where they cannot be."
     w = torch.as_tensor(w, dtype=z.dtype, device=z.device)
     if w.shape not in (z.shape[:1], z.shape[:2]):
-        raise BadInput(f"rule {name!r} returned weights {tuple(w.shape)}; accepted are (M,) or (M, N) of {tuple(z.shape)}")
+        raise BadInput(f"rule {name!r} returned weights {tuple(w.shape)}; "
+                       f"accepted are (M,) or (M, N) of {tuple(z.shape)}")
     if not (torch.isfinite(w).all() and (w >= 0).all() and (w.sum(0) > 0).all()):
         raise BadInput(f"rule {name!r} returned weights that are negative, not finite, or all 0 for an image")
     return w / w.sum(0)

@@ -325,7 +325,9 @@ def _draw_block(ax, graft, i, y, student):
             ax.add_patch(_box(i + bar, y - .3, .04, .6, "#4e79a7"))
 
 # %% ../nbs/60_grafting.ipynb #e6a3fd0c
-def _channels(block): return [m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)][-1]
+def _channels(block):
+    "Channels of the last convolution."
+    return [m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)][-1]
 
 
 def _box(x, y, w, h, colour):
