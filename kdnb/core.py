@@ -234,7 +234,7 @@ class Preset:
 
 PRESETS = {
     "laptop": Preset("laptop", 64, ("resnet10t", "regnetx_002", "kdnb_mobilenetv1_075"), "test_resnet", False,
-                     32, 16, 240, 500, 1e-2, 2e-3),
+                     32, 16, 240, 700, 1e-2, 2e-3),
     "paper": Preset("paper", 224, ("resnet34", "resnet50", "densenet121"), "resnet18", True,
                     64, 64, 2000, 6000, 6e-3, 1e-3),
 }
