@@ -178,6 +178,7 @@ def start(
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if show else {}
+    streams["coalesce_streams"] = True  # a progress bar is stored as its last state
     bar = {"desc": notebook.stem, "ncols": 79} if show else False
     try:
         execute_notebook(notebook, out, parameters, cwd=os.getcwd(), progress_bar=bar, **streams,

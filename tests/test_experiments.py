@@ -97,9 +97,9 @@ def refuse(notebook, **parameters):
     there = {"__name__": "__main__"}
     exec(cells[0], there)
     there |= {k: literal(str(v)) for k, v in parameters.items()}
-    try:
-        for i, source in enumerate(cells[1:], 2): exec(source, there)
-    except BadInput as e: return str(e), i
+    for i, source in enumerate(cells[1:], 2):
+        try: exec(source, there)
+        except BadInput as e: return str(e), i
     pytest.fail("nothing was refused")
 
 
