@@ -70,7 +70,7 @@ def train_student(
     history = Fit(net, step, lesson.steps, lesson.lr, checkpoint=checkpoint(lesson, name), device=lesson.device,
                   name=name, seed=lesson.seed).run()
     net.card = {**net.card, "mean": lesson.host.card["mean"], "std": lesson.host.card["std"]}
-    return Taught(net.eval(), history.assign(fit=name))
+    return Taught(net.eval().cpu(), history.assign(fit=name))
 
 
 def labels_of(

@@ -385,7 +385,7 @@ def vital_signs(
     lesson: Lesson,  # views and targets
 ) -> dict:  # divergence from the targets [nats] and share of equal decisions
     "How near a network is to the soft targets on the views."
-    z = predict(net, lesson.views, lambda v: normalise(v, lesson.host.card), device=lesson.device)
+    z = predict(net.eval(), lesson.views, lambda v: normalise(v, lesson.host.card), device=lesson.device)
     return {"divergence": soft_kl(z, lesson.targets, lesson.tau).item(),
             "agreement": (z.argmax(-1) == lesson.targets.argmax(-1)).double().mean().item()}
 
@@ -401,7 +401,7 @@ def graft_student(
     for name, first, last, steps in fits:
         histories.append(train_span(graft, first, last, lesson, steps, name))
         life.append({"graft": name, **vital_signs(graft.hybrid(first, last), lesson)})
-    net, splices = merge(graft, student, lesson.inputs(slice(0, 32)))
+    net, splices = merge(graft.cpu(), student, lesson.inputs(slice(0, 32)).cpu())  # proved in full precision
     net.card = {**net.card, "mean": host.card["mean"], "std": host.card["std"]}
     return Taught(net, pd.concat(histories, ignore_index=True), splices, pd.DataFrame(life))
 

@@ -621,12 +621,14 @@ def _cores():
 
 
 def _in_processes(root, rows, plan, jobs):
-    "Slides written by several processes, in the order they finish."
+    "Slides written by several processes, in the order they finish; idle processes would live on for minutes."
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
 
     from kdnb.phantom import _write_slide  # by name, so that a notebook's processes can import it too
     work = Parallel(jobs, backend="loky", return_as="generator_unordered", pre_dispatch="all", batch_size=1)
-    return work(delayed(_write_slide)(root, r, plan) for r in rows)
+    try: yield from work(delayed(_write_slide)(root, r, plan) for r in rows)
+    finally: get_reusable_executor().shutdown(wait=True)
 
 # %% ../nbs/11_phantom.ipynb #35ff86c7
 def show_nested(

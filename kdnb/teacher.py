@@ -115,7 +115,7 @@ class Teacher:
         device: str = "cpu",  # device to compute on
     ) -> Tensor:  # logits (N, C)
         "What the teacher says; it sees images under its own normalisation."
-        return predict(self.net.to(device), pixels, lambda x: normalise(x, self.net.card), device=device)
+        return predict(self.net, pixels, lambda x: normalise(x, self.net.card), device=device)
 
 
 def teacher_name(
@@ -195,7 +195,7 @@ def fine_tune(
                name=net.card["net"], seed=seed).run()
 
 # %% ../nbs/40_teacher.ipynb #50bbd110
-_MAKERS = ("data", "nets", "train", "teacher")  # modules whose code shapes a teacher
+_MAKERS = ("data", "metrics", "nets", "train", "teacher")  # modules whose code shapes a teacher
 
 
 def train_teacher(

@@ -216,11 +216,11 @@ def predict(
     pixels: Tensor,  # images (N, 3, H, W) [uint8]
     normalise: Callable[[Tensor], Tensor],  # pixels to what the network expects
     batch: int = 64,  # images at a time
-    device: str = "cpu",  # device of the network
+    device: str = "cpu",  # device to compute on; the network is moved there
 ) -> Tensor:  # logits (N, C)
     "Logits of a network in evaluation mode; the mode it was in is given back."
     mode = net.training
-    net.eval()
+    net.to(device).eval()
     with mixed_precision(device):
         out = [net(normalise(pixels[i:i + batch].to(device))).float().cpu() for i in range(0, len(pixels), batch)]
     net.train(mode)

