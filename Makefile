@@ -16,8 +16,8 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-run: $(READY) ## distil: images to a recorded result, in minutes
-	@$(BIN)/kdnb_run nbs/run_distill.ipynb out.ipynb
+run: $(READY) ## distil: images to a recorded result, in minutes (ARGS="-p mag 100X" sets parameters)
+	@$(BIN)/kdnb_run nbs/run_distill.ipynb out.ipynb $(ARGS)
 
 test: check ## all checks and tests
 	@$(LESSONS) $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re '^(_|\.|run_)' --skip_folder_re '^(_|\.|bench$$|paper$$)'

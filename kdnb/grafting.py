@@ -26,7 +26,7 @@ from .nets import (Blocks, align, build, cut, evaluating, joined, load_net, norm
                        save_net, seeded)
 from .train import Checkpoint, Fit, predict, step_rows
 
-# %% ../nbs/60_grafting.ipynb #9fc6e797
+# %% ../nbs/60_grafting.ipynb #38e7e1f4
 def adapter(
     c_in: int,  # channels that come in
     c_out: int,  # channels that go out
@@ -34,7 +34,7 @@ def adapter(
     "A 1x1 convolution without bias that starts as an isometry; nothing where the widths agree."
     if c_in == c_out: return nn.Identity()
     conv = nn.Conv2d(c_in, c_out, 1, bias=False)
-    nn.init.orthogonal_(conv.weight.flatten(1))
+    nn.init.orthogonal_(conv.weight)
     return conv
 
 # %% ../nbs/60_grafting.ipynb #538c59c0
