@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'BATCHNORM', 'STAGE1_SHARE', 'adapter', 'readers', 'fold', 'channel_map', 'merge_into',
            'plain_boundaries', 'regroup', 'Graft', 'Lesson', 'checkpoint', 'Taught', 'activations', 'set_batchnorm',
-           'train_span', 'plan', 'draw_grafts', 'Spliced', 'merge', 'vital_signs', 'graft_student', 'save_student',
-           'load_student', 'show_life']
+           'train_span', 'plan', 'shared_out', 'draw_grafts', 'Spliced', 'merge', 'vital_signs', 'graft_student',
+           'save_student', 'load_student', 'show_life']
 
 # %% ../nbs/60_grafting.ipynb #799515c8
 import copy
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .core import BadInput, digest, one_of, writing
 from .losses import check_targets, soft_kl
-from .nets import (Blocks, align, build, cut, evaluating, joined, load_net, normalise, probe, read_card, read_state,
-                       save_net, seeded)
+from .nets import (Blocks, align, build, cut, evaluating, freeze, joined, load_net, normalise, probe, read_card,
+                       read_state, save_net, seeded)
 from .train import Checkpoint, Fit, predict, step_rows
 
 # %% ../nbs/60_grafting.ipynb #38e7e1f4
@@ -31,7 +31,7 @@ def adapter(
     c_in: int,  # channels that come in
     c_out: int,  # channels that go out
 ) -> nn.Module:  # maps (B, c_in, H, W) to (B, c_out, H, W)
-    "A 1x1 convolution without bias that starts as an isometry; nothing where the widths agree."
+    "A 1x1 convolution without bias that starts orthogonal; nothing where the widths agree."
     if c_in == c_out: return nn.Identity()
     conv = nn.Conv2d(c_in, c_out, 1, bias=False)
     nn.init.orthogonal_(conv.weight)
@@ -137,7 +137,8 @@ class Graft(nn.Module):
     ):
         super().__init__()
         host, student = plain_boundaries(*align(cut(host), cut(student)))
-        object.__setattr__(self, "host", host)  # not a submodule: never trained, moved or saved with the graft
+        for name, blocks in (("host", host), ("student", student)):
+            object.__setattr__(self, name, blocks)  # no submodules: the host is never trained or saved with the graft
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             last = len(student) - 1
@@ -198,13 +199,17 @@ class Lesson:
         return normalise(self.views[rows].to(self.device), self.host.card)
 
 # %% ../nbs/60_grafting.ipynb #560525c9
+_IDENTITY = ("identity", "steps", "lr", "batch", "seed", "tau", "start", "options")  # what a fit depends on
+
+
 def checkpoint(
     lesson: Lesson,  # what is taught
     name: str,  # name of a fit
 ) -> Checkpoint:
     "Where the fit of this name keeps its state."
+    made_by = [name, lesson.targets.tolist(), lesson.host.card, *(getattr(lesson, k) for k in _IDENTITY)]
     path = lesson.folder and Path(lesson.folder)/f"{name.replace(' ', '-')}.pt"
-    return Checkpoint(path, digest([lesson.identity, name, lesson.steps, lesson.lr, lesson.batch, lesson.seed]))
+    return Checkpoint(path, digest(made_by))
 
 
 @dataclass
@@ -264,8 +269,9 @@ def train_span(
     name: str,  # shown beside the progress bar
 ) -> pd.DataFrame:  # history
     "Train a span between the host's kept prefix and its frozen suffix."
-    span, suffix = graft.span(first, last).to(lesson.device), graft.suffix(last).to(lesson.device).eval()
-    kept = activations(graft.prefix(first).eval(), lesson) if first else None
+    freeze(graft.host).to(lesson.device)
+    span, suffix = graft.span(first, last).to(lesson.device), graft.suffix(last)
+    kept = activations(graft.prefix(first), lesson) if first else None
     inputs = lesson.inputs if kept is None else lambda rows: kept[rows]
     set_batchnorm(span, lesson.options.get("batchnorm", "batch"), inputs, len(lesson.views))
 
@@ -288,10 +294,20 @@ def plan(
     share: float = STAGE1_SHARE,  # share of the steps that go to stage 1  [0,1]
 ) -> list[tuple[str, int, int, int]]:  # name, first block, last block, steps of each fit
     "The grafts of both stages in their order, with the steps shared out evenly within a stage."
-    one, two = round(steps*share/blocks), round(steps*(1 - share)/max(1, blocks - 1))
-    alone = [(f"stage 1 block {i + 1}", i, i, one) for i in range(blocks)]
-    chained = [(f"stage 2 blocks 1-{i + 1}", 0, i, two) for i in range(1, blocks)]
-    return [p for p in alone + chained if p[-1] > 0]
+    first = round(steps*share)
+    if first < blocks or steps - first < blocks - 1:
+        raise BadInput(f"{steps} steps are too few for {blocks} blocks in two stages; at least {2*blocks} are needed")
+    alone = [(f"stage 1 block {i + 1}", i, i, n) for i, n in enumerate(shared_out(first, blocks))]
+    chains = enumerate(shared_out(steps - first, blocks - 1), 1)
+    return alone + [(f"stage 2 blocks 1-{i + 1}", 0, i, n) for i, n in chains]
+
+
+def shared_out(
+    steps: int,  # steps there are
+    among: int,  # fits that share them
+) -> list[int]:  # steps of each, none lost
+    "Whole steps, shared as evenly as they go."
+    return [steps*(i + 1)//among - steps*i//among for i in range(among)]
 
 # %% ../nbs/60_grafting.ipynb #e8f7a027
 def draw_grafts(
@@ -383,7 +399,7 @@ def merge(
 def vital_signs(
     net: nn.Module,  # hybrid or student on normalised images
     lesson: Lesson,  # views and targets
-) -> dict:  # divergence from the targets [nats] and share of equal decisions
+) -> dict:  # divergence from the targets (tau^2 KL, as trained on) and share of equal decisions
     "How near a network is to the soft targets on the views."
     z = predict(net.eval(), lesson.views, lambda v: normalise(v, lesson.host.card), device=lesson.device)
     return {"divergence": soft_kl(z, lesson.targets, lesson.tau).item(),
@@ -443,8 +459,9 @@ def show_life(
         taught.history.plot(x="step", y="loss", ax=ax, legend=False, ylabel="loss")
     else:
         ax.plot(taught.life.graft, taught.life.divergence, "o-", color="tab:blue")
-        ax.set_ylabel("divergence from\nthe soft targets", color="tab:blue")
-        ax.tick_params("x", rotation=25)
+        ax.set_ylabel("divergence from the\nsoft targets ($\\tau^2$ KL)", color="tab:blue")
+        plt.setp(ax.get_xticklabels(), rotation=25, ha="right")
+        ax.axvline(taught.life.graft.str.startswith("stage 1").sum() - .5, color="lightgrey", linestyle=":")
         right = ax.twinx()
         right.plot(taught.life.graft, taught.life.agreement, "s--", color="tab:orange")
         right.set(ylim=(0, 1.05))

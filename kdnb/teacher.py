@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOST_SCORE', 'FUSION_SCORE', 'PRETRAINED_RATE', 'PATIENCE', 'TIE', 'Images', 'decoded', 'open_images', 'find_data',
-           'source_note', 'Teacher', 'teacher_name', 'kept_name', 'load_teacher', 'standing', 'fine_tune',
-           'train_teacher', 'torch_threads']
+           'source_note', 'Teacher', 'patient_digests', 'teacher_name', 'kept_name', 'load_teacher', 'standing',
+           'fine_tune', 'train_teacher', 'torch_threads']
 
 # %% ../nbs/40_teacher.ipynb #fcfd41a1
 import json
@@ -118,6 +118,14 @@ class Teacher:
         return predict(self.net, pixels, lambda x: normalise(x, self.net.card), device=device)
 
 
+def patient_digests(
+    images: Images,  # images with their split
+    *sides: str,  # sides to look at
+) -> set[str]:  # a digest of each patient's name
+    "Who is on some sides, without naming anybody."
+    return {digest(str(p), 12) for p in images.table.patient[images.table.split.isin(sides)].unique()}
+
+
 def teacher_name(
     name: str,  # name of a network, or the folder of a kept teacher
 ) -> str:  # the same
@@ -145,10 +153,10 @@ def load_teacher(
     if images and card["classes"] != list(images.classes):
         raise BadInput(f"the teacher in {folder} knows the classes {card['classes']}, the data has "
                        f"{list(images.classes)}")
-    own = images and images.identity
-    if images and card["data"] == own["data"] and card["split"] != own["split"]:
-        raise BadInput(f"the teacher in {folder} was trained on another split of this data (its {card['split']}, this "
-                       f"{own['split']}) and may know test patients; train it on this split")
+    known = set(card.get("seen", ())) & patient_digests(images, "test") if images else ()
+    if known:
+        raise BadInput(f"the teacher in {folder} has seen {len(known)} of this split's test patients; train one on "
+                       "this split (or rename patients, if others bear the same names)")
     net = load_net(folder/"weights.safetensors")
     for p in net.parameters(): p.requires_grad_(False)
     return Teacher(net.eval(), card, folder)
@@ -219,6 +227,7 @@ def train_teacher(
     history = fine_tune(net, images, preset, seed, device, Checkpoint(partial, digest(made_by)))
     save_net(net.cpu().eval(), folder/"weights.safetensors")
     card = {**net.card, **made_by, "id": f"{name}-{digest(made_by)}",
+            "seen": sorted(patient_digests(images, "train", "valid")),
             "seconds": round(time.perf_counter() - began, 1), "valid": _scores(net, images)}
     write_whole(folder/"history.csv", history.to_csv(index=False))
     write_whole(folder/"card.json", json.dumps(card, indent=1))  # written last: a folder with a card is complete

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdnb.core import BadInput
-from kdnb.data import ImageStore, find_images, slides
-from kdnb.grafting import load_student
-from kdnb.nets import normalise, timm
+from kdnb.core import BadInput, resolve_preset
+from kdnb.data import ImageStore, find_images, slides, split_patients
+from kdnb.grafting import Lesson, checkpoint, load_student, plan
+from kdnb.nets import build, normalise, timm
 from kdnb.phantom import write_phantom
 from kdnb.run import literal, parameters_of
+from kdnb.teacher import decoded, load_teacher, train_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent/"shared"/"data"
@@ -222,3 +223,27 @@ def test_glas_and_breakhis_samples(tmp_path):
     store = ImageStore(samples, student.card["size"], tmp_path/"store")
     p = student(normalise(store[:], student.card)).softmax(-1)
     assert p.shape == (38, 2) and torch.isfinite(p).all()
+
+
+# ---- what fresh eyes found
+
+def test_a_teacher_that_has_seen_test_patients_is_refused_on_other_images_too(phantom, tmp_path):
+    table = find_images(phantom)
+    quick = resolve_preset("laptop,size=32,batch=8,teacher_steps=2")
+    half = table[table.index % 2 == 0].reset_index(drop=True)
+    teacher = train_teacher("test_resnet", decoded(split_patients(table, 0), 32), quick, home=tmp_path)
+    other = next(split_patients(half, f) for f in range(1, 5))
+    with pytest.raises(BadInput, match="of this split's test patients"): load_teacher(teacher.folder, decoded(other, 32))
+
+
+def test_steps_are_shared_out_whole_or_refused():
+    assert all(sum(n for *_, n in plan(5, steps)) == steps for steps in (10, 11, 99, 700))
+    with pytest.raises(BadInput, match="4 steps are too few for 5 blocks"): plan(5, 4)
+
+
+def test_a_fit_is_not_resumed_under_other_options(tmp_path):
+    host, make = build("test_resnet", 2, seed=0), lambda start: build("test_resnet", 2, seed=1)
+    views, q = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.full((4, 2), .5)
+    lessons = [Lesson(views, q, tau, host, make, 9, 1e-3, folder=tmp_path, options=o)
+               for tau, o in ((4., {}), (2., {}), (4., {"batchnorm": "frozen"}))]
+    assert len({checkpoint(lesson, "stage 1 block 1").identity for lesson in lessons}) == 3
