@@ -218,7 +218,7 @@ def pick_device(
 # %% ../nbs/00_core.ipynb #0bbd72ee
 @dataclass(frozen=True)
 class Preset:
-    "What changes between a laptop and a GPU, and nothing else."
+    "Sizes, networks, schedules and colour: what changes between a laptop and a GPU, or between two preparations."
     name: str  # what it is called in records
     size: int  # side of the square images  [px]  H
     teachers: tuple  # networks fine-tuned as teachers  H
@@ -230,6 +230,8 @@ class Preset:
     graft_steps: int  # optimiser steps of the whole student, shared by both stages; baselines get the same  H
     teacher_lr: float  # peak learning rate of teachers from a random start  H
     lr: float  # peak learning rate of grafts and students  H
+    stain: str = "none"  # stain normalisation of every image: one of `kdnb.stain.STAINS`  H
+    jitters: int = 0  # seeded stain jitters of every shot, beside its own colour  H
 
 
 PRESETS = {

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, as_tensor, nn
 
 from .core import PRESETS, BadInput, one_of
-from .data import VIEWS, show_images, symmetries
+from .data import VIEWS, show_images
+from .stain import stain_views
 from .fusion import GAMMA, fuse
 from .grafting import Lesson, Taught, checkpoint, graft_student
 from .losses import TAU, soft_kl
@@ -145,11 +146,12 @@ def make_lesson(
     gamma: float = GAMMA,  # exponent on the teachers' scores [unitless, >=0]  H
     tau: float = TAU,  # temperature [unitless, >0]  R Hinton 2015
     device: str = "cpu",  # device to compute on
+    jitters: int = 0,  # seeded stain jitters of every shot, beside its own colour
     **more,  # further fields of `Lesson`: steps, lr, batch, seed, start, folder, identity, options
 ) -> tuple[Lesson, Tensor]:  # the lesson, and the weights of the teachers (M,) or (M, N)
     "Views of the shots, the integrated soft targets for each, and a host."
-    views = symmetries(pixels)
-    y = None if labels is None else as_tensor(labels).repeat_interleave(VIEWS)
+    views = stain_views(pixels, jitters, more.get("seed", 0))
+    y = None if labels is None else as_tensor(labels).repeat_interleave(VIEWS*(1 + jitters))
     logits = torch.stack([t.logits(views, device) for t in teachers])
     q, w = fuse(logits, rule, [t.card["valid"][FUSION_SCORE] for t in teachers], y, gamma, tau)
     net = choose_host(teachers, make("random"), host).net

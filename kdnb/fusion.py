@@ -74,7 +74,8 @@ def accuracy(
     t: Panel,  # teachers
 ) -> Tensor:  # weights, the best teacher's is 1  (M,)
     "Teachers weigh by their validation score to the power gamma."
-    if t.scores.max() == 0: raise BadInput("scores are all 0: no teacher was right once; accepted is one above 0")
+    if t.scores.max() == 0:
+        raise BadInput("scores are all 0: no teacher was right once; accepted is one above 0, or the rule 'mean'")
     return (t.scores / t.scores.max())**t.gamma
 
 # %% ../nbs/50_fusion.ipynb #8c8111f7

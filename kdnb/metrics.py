@@ -97,11 +97,11 @@ def auroc(
     y,  # class indices  (N,)
     p,  # class probabilities  (N, C)  [0,1]
     patients=None,  # not used
-) -> float:  # area  [0,1]; NaN says undefined: a class has no image, or there is no other class
-    "Area under the ROC curve of class 1; for more than two classes the mean of one class against the rest."
+) -> float:  # area  [0,1]; NaN says undefined: all images are of one class
+    "Area under the ROC curve of class 1; for more classes the mean over those present, each against the rest."
     y, p, _ = checked(y, p)
-    if len(np.unique(y)) < p.shape[1]: return math.nan
-    columns = [1] if p.shape[1] == 2 else range(p.shape[1])
+    if len(present := np.unique(y)) < 2: return math.nan
+    columns = [1] if p.shape[1] == 2 else present
     return float(np.mean([roc_auc_score(y == c, p[:, c]) for c in columns]))
 
 # %% ../nbs/22_metrics.ipynb #6de7daac

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOST_SCORE', 'FUSION_SCORE', 'PRETRAINED_RATE', 'PATIENCE', 'TIE', 'Images', 'decoded', 'open_images', 'find_data',
-           'source_note', 'Teacher', 'patient_digests', 'teacher_name', 'kept_name', 'load_teacher', 'standing',
+           'source_note', 'Teacher', 'name_digests', 'teacher_name', 'kept_name', 'load_teacher', 'standing',
            'fine_tune', 'train_teacher', 'torch_threads']
 
 # %% ../nbs/40_teacher.ipynb #fcfd41a1
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn, tensor
 
 from .core import PRESETS, BadInput, Preset, cache_home, code_digest, data_home, digest, user_path, write_whole
-from .data import (ImageStore, class_index, class_names, data_digest, has_breakhis, load_table, random_symmetry,
-                       split_digest, split_patients)
+from .data import ImageStore, class_index, class_names, data_digest, has_breakhis, random_symmetry
 from .metrics import auroc, score
-from .nets import build, load_net, normalise, plan_of, save_net
+from .nets import build, cut, load_net, normalise, plan_of, save_net
 from .phantom import phantom_home, write_phantom
+from .protocols import open_split, split_digest
+from .stain import Normaliser, fit_normaliser
 from .train import Checkpoint, Fit, class_weights, generator, predict, probabilities, step_rows
 
 # %% ../nbs/40_teacher.ipynb #7e8208f0
@@ -33,6 +34,7 @@ class Images:
     table: pd.DataFrame  # image table with a `split` column
     store: ImageStore  # pixels of its rows
     classes: tuple[str, ...]  # class names; their places are the indices
+    stain: Normaliser = Normaliser("none")  # what their colours are brought to
 
     def side(
         self,
@@ -41,40 +43,45 @@ class Images:
         "Pixels, class indices and patients of one side."
         rows = np.flatnonzero(self.table.split == split)
         part = self.table.iloc[rows]
-        return self.store[rows], class_index(part, self.classes), part.patient.to_numpy()
+        return self.stain(self.store[rows]), class_index(part, self.classes), part.patient.to_numpy()
 
     def of_rows(
         self,
         part: pd.DataFrame,  # rows of the table, such as shots
     ) -> tuple[Tensor, np.ndarray]:  # pixels (N, 3, S, S) [uint8], class indices (N,)
-        "Pixels and class indices of rows picked by their paths."
+        "Pixels and class indices of rows picked by their paths; no indices (`None`) where labels may not be looked at."
         place = pd.Series(np.arange(len(self.table)), index=self.table.path)
-        return self.store[place[part.path].to_numpy()], class_index(part, self.classes)
+        pixels = self.stain(self.store[place[part.path].to_numpy()])
+        return pixels, None if (part.label == "").all() else class_index(part, self.classes)
 
     @property
     def identity(self) -> dict:  # data digest, split digest and classes
         "What makes these images these images."
         return {"data": data_digest(self.store), "split": split_digest(self.table), "classes": list(self.classes),
-                "size": self.store.size}
+                "size": self.store.size, "stain": self.stain.card}
 
 # %% ../nbs/40_teacher.ipynb #824b0674
 def decoded(
     table: pd.DataFrame,  # image table with a `split` column
     size: int,  # side of the square images  [px]
+    stain: str = "none",  # stain normalisation, fitted on training patients: one of `kdnb.stain.STAINS`
 ) -> Images:
     "The images of a table, decoded."
-    return Images(table, ImageStore(table, size), class_names(table))
+    store = ImageStore(table, size)
+    return Images(table, store, class_names(table), fit_normaliser(stain, table, store))
 
 
 def open_images(
-    data: str | Path,  # BreakHis folder, or a CSV with image, label and patient
+    data: str | Path,  # BreakHis folder, GlaS folder, or a CSV with image, label and patient
     size: int = 224,  # side of the square images  [px]
     fold: int = 0,  # which fold is the test set
     mag: str = "400X",  # magnification, for BreakHis
     task: str = "binary",  # task, for BreakHis
+    protocol: str = "accession-cv",  # one of `kdnb.protocols.PROTOCOLS`
+    stain: str = "none",  # stain normalisation, fitted on training patients
 ) -> Images:
     "Find, split by patients and decode, in one call."
-    return decoded(split_patients(load_table(data, mag, task)[0], fold), size)
+    return decoded(open_split(data, mag, task, protocol, fold)[0], size, stain)
 
 # %% ../nbs/40_teacher.ipynb #30004fa7
 def find_data(
@@ -87,14 +94,17 @@ def find_data(
 
 
 def source_note(
-    source: str,  # "breakhis", "synthetic" or "own"
+    source: str,  # "breakhis", "glas", "synthetic" or "own"
+    leaks: str = "",  # what stands on both sides of the split
 ) -> str:  # Markdown
-    "What a reader has to know about where the images come from."
-    if source != "synthetic": return f"Images: {'BreakHis' if source == 'breakhis' else 'your own'}."
+    "What a reader has to know about where the images come from, and what leaks between the sides."
+    said = f"\n\n> **This protocol leaks** {leaks}. Its scores are not those of new patients." if leaks else ""
+    if source != "synthetic":
+        return f"Images: {({'breakhis': 'BreakHis', 'glas': 'GlaS'}).get(source, 'your own')}.{said}"
     return ("> **These images are synthetic.** BreakHis was not asked for, or not found, so the phantom stands in. The "
-            "numbers below show that the machinery works; they say nothing about tissue.")
+            f"numbers below show that the machinery works; they say nothing about tissue.{said}")
 
-# %% ../nbs/40_teacher.ipynb #02b57af1
+# %% ../nbs/40_teacher.ipynb #b16df245
 HOST_SCORE = "auroc"  # score on validation patients by which a host is chosen  H
 FUSION_SCORE = "balanced_accuracy"  # score on validation patients that weighs teachers in "accuracy"  H
 
@@ -117,13 +127,24 @@ class Teacher:
         "What the teacher says; it sees images under its own normalisation."
         return predict(self.net, pixels, lambda x: normalise(x, self.net.card), device=device)
 
+    def features(
+        self,
+        pixels: Tensor,  # images (N, 3, H, W) [uint8]
+        device: str = "cpu",  # device to compute on
+    ) -> np.ndarray:  # features (N, D)
+        "What the last block before the head says, averaged over the image."
+        body = nn.Sequential(*list(cut(self.net))[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return predict(body, pixels, lambda x: normalise(x, self.net.card), device=device).numpy()
 
-def patient_digests(
-    images: Images,  # images with their split
+# %% ../nbs/40_teacher.ipynb #5ac071db
+def name_digests(
+    table: pd.DataFrame,  # image table with a `split` column
     *sides: str,  # sides to look at
-) -> set[str]:  # a digest of each patient's name
-    "Who is on some sides, without naming anybody."
-    return {digest(str(p), 12) for p in images.table.patient[images.table.split.isin(sides)].unique()}
+    columns: tuple = ("patient", "accession", "slide", "unit"),  # what may bear a name
+) -> set[str]:  # a digest of each name
+    "Who is on some sides, without naming anybody: patients, slides, and whatever the split keeps whole."
+    rows = table[table.split.isin(sides)]
+    return {digest(str(v), 12) for c in columns if c in rows for v in rows[c].unique()}
 
 
 def teacher_name(
@@ -153,10 +174,11 @@ def load_teacher(
     if images and card["classes"] != list(images.classes):
         raise BadInput(f"the teacher in {folder} knows the classes {card['classes']}, the data has "
                        f"{list(images.classes)}")
-    known = set(card.get("seen", ())) & patient_digests(images, "test") if images else ()
-    if known:
-        raise BadInput(f"the teacher in {folder} has seen {len(known)} of this split's test patients; train one on "
-                       "this split (or rename patients, if others bear the same names)")
+    if images:
+        unit = "unit" if "unit" in images.table else "patient"
+        if known := set(card.get("seen", ())) & name_digests(images.table, "test", columns=(unit,)):
+            raise BadInput(f"the teacher in {folder} has seen {len(known)} of this split's test patients; train one "
+                           "on this split (or rename patients, if others bear the same names)")
     net = load_net(folder/"weights.safetensors")
     for p in net.parameters(): p.requires_grad_(False)
     return Teacher(net.eval(), card, folder)
@@ -227,7 +249,7 @@ def train_teacher(
     history = fine_tune(net, images, preset, seed, device, Checkpoint(partial, digest(made_by)))
     save_net(net.cpu().eval(), folder/"weights.safetensors")
     card = {**net.card, **made_by, "id": f"{name}-{digest(made_by)}",
-            "seen": sorted(patient_digests(images, "train", "valid")),
+            "seen": sorted(name_digests(images.table, "train", "valid")),
             "seconds": round(time.perf_counter() - began, 1), "valid": _scores(net, images)}
     write_whole(folder/"history.csv", history.to_csv(index=False))
     write_whole(folder/"card.json", json.dumps(card, indent=1))  # written last: a folder with a card is complete

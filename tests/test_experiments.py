@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from kdnb.core import BadInput, resolve_preset
-from kdnb.data import ImageStore, find_images, slides, split_patients
+from kdnb.data import ImageStore, find_images, slides
 from kdnb.grafting import Lesson, checkpoint, load_student, plan
 from kdnb.nets import build, normalise, timm
 from kdnb.phantom import write_phantom
+from kdnb.protocols import split_images
 from kdnb.run import literal, parameters_of
 from kdnb.teacher import decoded, load_teacher, train_teacher
 
@@ -122,7 +123,7 @@ def no_column(folder, phantom):
 
 
 def both_sides(folder, phantom):
-    table = find_images(phantom).assign(split="train").rename(columns={"path": "image"})
+    table = find_images(phantom).assign(split="train", image=lambda t: t.path)
     table.loc[table.index % 3 == 0, "split"] = "test"
     table[["image", "label", "patient", "split"]].to_csv(folder/"t.csv", index=False)
     return dict(data=folder/"t.csv"), "is on both sides: test and train"
@@ -216,7 +217,7 @@ def test_glas_and_breakhis_samples(tmp_path):
                           student="kdnb_mobilenetv1_025", preset=TINY, baselines="finetune", k=2)
     assert run.returncode == 0, said
     record = record_of(tmp_path/"home")
-    assert record["source"] == "own" and not record["synthetic"] and not record["skipped"]
+    assert record["source"] == "glas" and not record["synthetic"] and not record["skipped"]
     samples = find_images(SHARED/"breakhis_samples")
     assert (len(samples), samples.slide.nunique(), samples.patient.nunique()) == (38, 23, 21)
     student = load_student(tmp_path/"home"/record["checkpoint"]["path"])
@@ -231,8 +232,9 @@ def test_a_teacher_that_has_seen_test_patients_is_refused_on_other_images_too(ph
     table = find_images(phantom)
     quick = resolve_preset("laptop,size=32,batch=8,teacher_steps=2")
     half = table[table.index % 2 == 0].reset_index(drop=True)
-    teacher = train_teacher("test_resnet", decoded(split_patients(table, 0), 32), quick, home=tmp_path)
-    other = next(split_patients(half, f) for f in range(1, 5))
+    teacher = train_teacher("test_resnet", decoded(split_images(table), 32), quick, home=tmp_path)
+    sides = {"train": "valid", "valid": "test", "test": "train"}  # as another fold would have it
+    other = split_images(half).assign(split=lambda t: t.split.map(sides))
     with pytest.raises(BadInput, match="of this split's test patients"): load_teacher(teacher.folder, decoded(other, 32))
 
 

@@ -47,7 +47,8 @@ def test_against_scikit_learn(case):
 @pytest.mark.filterwarnings("error")
 def test_classes_that_are_absent():
     p = [[.1, .8, .1], [.2, .5, .3], [.7, .2, .1]]
-    assert math.isnan(auroc([1, 1, 0], p)) and balanced_accuracy([1, 1, 1], p) == pytest.approx(2 / 3)
+    assert math.isnan(auroc([1, 1, 1], p)) and balanced_accuracy([1, 1, 1], p) == pytest.approx(2 / 3)
+    assert auroc([1, 1, 0], p) == 1  # class 2 is absent: the mean is over the two that are there
     assert math.isnan(score([1, 1, 1], p, ["a", "a", "b"])["auroc"])
 
 
