@@ -213,7 +213,7 @@ def load_table(
         if table.label.nunique() < 2: raise BadInput(f"{path} has only the class {table.label.iloc[0]!r}")
         return table, "glas" if all(_GLAS.fullmatch(Path(i).stem) for i in table.image) else "own"
     if not path.is_dir(): raise BadInput(f"data={str(data)!r}: {path} is neither a folder nor a CSV")
-    synthetic = any((p/"phantom.json").exists() for p in [path, *path.parents][:3])
+    synthetic = any((p/"phantom.json").exists() for p in [path, *path.parents[:2], path/"BreaKHis_v1"])
     return breakhis_table(path, mag, task, patient, double), "synthetic" if synthetic else "breakhis"
 
 

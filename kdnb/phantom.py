@@ -615,8 +615,8 @@ def phantom_home(
 # %% ../nbs/11_phantom.ipynb #042d4b1d
 def _mark(root, plan, complete):
     "Write the marker: what this tree is, and whether all of it is there."
-    facts = {"synthetic": True, "complete": complete, "digest": digest(plan), **plan}
-    write_whole(root/"phantom.json", json.dumps(facts, indent=1))
+    facts = json.dumps({"synthetic": True, "complete": complete, "digest": digest(plan), **plan}, indent=1)
+    for folder in (root, root/"BreaKHis_v1"): write_whole(folder/"phantom.json", facts)  # a tree alone says it too
 
 
 def _begin(root, plan):

@@ -28,7 +28,7 @@ def fetched(tmp_path_factory):
     drawn = write_phantom(base/"drawn", mags=("400X",), images=1, size=(700, 460), slides=sorted(some), progress=False)
     (base/"served").mkdir()
     with tarfile.open(base/"served"/"BreaKHis_v1.tar.gz", "w:gz", compresslevel=1) as tar:
-        tar.add(drawn/"BreaKHis_v1", "BreaKHis_v1")
+        tar.add(drawn/"BreaKHis_v1", "BreaKHis_v1")  # its marker goes with it, so nobody takes it for the real one
     quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=base/"served"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -73,7 +73,7 @@ def test_index_and_verify_say_what_is_there(fetched):
 def test_paper_preset_from_files_to_a_record_and_a_table(fetched, weights, tmp_path, monkeypatch):
     record, said = distil(tmp_path, fetched[0], weights, monkeypatch, preset=QUICK)
     assert record["resolved"]["preset"]["name"] == "paper" and record["resolved"]["preset"]["size"] == 224
-    assert record["source"] == "breakhis" and record["resolved"]["start"] == "pretrained"
+    assert record["source"] == "synthetic" and record["resolved"]["start"] == "pretrained"
     assert {r["method"] for r in record["rows"]} == {"teacher resnet34", "teacher resnet50", "teacher densenet121", "ensemble",
                                                      "graft"}
     assert record["protocol"] == "accession-cv" and record["leakage"] == {"accession": 0, "slide": 0, "patient": 0, "duplicate": 0}
