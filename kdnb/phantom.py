@@ -663,7 +663,8 @@ def _drawn(work, plan, jobs):
     from joblib.externals.loky import get_reusable_executor
 
     from kdnb import phantom  # by name, so that a notebook's processes can import it too
-    parallel = Parallel(jobs, backend="loky", return_as="generator_unordered", pre_dispatch="all", batch_size=1)
+    parallel = Parallel(jobs, backend="loky", return_as="generator_unordered", pre_dispatch="all", batch_size=1,
+                        idle_worker_timeout=10)
     try: yield from parallel(delayed(phantom._draw)(w, plan) for w in work)
     finally: get_reusable_executor().shutdown(wait=True)
 
