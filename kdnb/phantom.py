@@ -659,12 +659,12 @@ def write_phantom(
 def _drawn(work, plan, jobs):
     "Draw every scene; yields counts of pictures as processes finish. Idle processes would live on for minutes."
     if jobs < 2: return (yield from (_draw(w, plan) for w in work))
-    from joblib import Parallel, delayed
+    from joblib import Parallel, delayed, parallel_config
     from joblib.externals.loky import get_reusable_executor
 
     from kdnb import phantom  # by name, so that a notebook's processes can import it too
-    parallel = Parallel(jobs, backend="loky", return_as="generator_unordered", pre_dispatch="all", batch_size=1,
-                        idle_worker_timeout=10)
+    with parallel_config("loky", idle_worker_timeout=10):  # processes of a killed run end soon
+        parallel = Parallel(jobs, return_as="generator_unordered", pre_dispatch="all", batch_size=1)
     try: yield from parallel(delayed(phantom._draw)(w, plan) for w in work)
     finally: get_reusable_executor().shutdown(wait=True)
 
