@@ -34,7 +34,9 @@ def one_of(
     "Refuse a value outside `accepted` with a message that shows all of them and the nearest."
     accepted = list(accepted)
     if value in accepted: return value
-    near = difflib.get_close_matches(str(value), [str(a) for a in accepted], n=1)
+    texts = [a for a in accepted if isinstance(a, str)]
+    near = [a for a in accepted if str(a) == str(value)]  # 1 for "1"
+    if isinstance(value, str): near += difflib.get_close_matches(value, texts, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise BadInput(f"{name}={value!r} is not accepted; accepted are {', '.join(map(repr, accepted))}.{hint}")
 

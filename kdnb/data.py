@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUBTYPES', 'TASKS', 'LARGE', 'DOUBLES', 'STORE', 'VIEWS', 'parse_name', 'slides', 'image_path', 'scan', 'find_images',
            'has_breakhis', 'settle_double', 'labelled', 'breakhis_table', 'read_table', 'glas_table', 'load_table',
-           'class_names', 'class_index', 'decode', 'cores', 'over', 'read_store', 'write_store', 'ImageStore',
-           'data_digest', 'symmetry', 'symmetries', 'random_symmetry', 'show_images']
+           'is_synthetic', 'class_names', 'class_index', 'decode', 'cores', 'over', 'read_store', 'write_store',
+           'ImageStore', 'data_digest', 'symmetry', 'symmetries', 'random_symmetry', 'show_images']
 
 # %% ../nbs/10_data.ipynb #c38f81cb
 import hashlib
@@ -30,7 +30,8 @@ SUBTYPES = {  # code in file names -> (class, folder of the official tree), R Sp
     "LC": ("malignant", "lobular_carcinoma"), "MC": ("malignant", "mucinous_carcinoma"),
     "PC": ("malignant", "papillary_carcinoma"),
 }
-_NAME = re.compile(r"SOB_([BM])_(A|F|PT|TA|DC|LC|MC|PC)-(\d\d)-(\d+)([A-Z]*)-(40|100|200|400)-(\d{3})\.PNG")
+_NAME = re.compile(r"SOB_(?:B_(?=A|F|PT|TA)|M_(?=DC|LC|MC|PC))(A|F|PT|TA|DC|LC|MC|PC)"
+                   r"-(\d\d)-(\d+)([A-Z]*)-(40|100|200|400)-(\d{3})\.PNG")
 
 
 def parse_name(
@@ -38,11 +39,9 @@ def parse_name(
 ) -> dict:  # cls, subtype, year, slide, accession, mag and seq
     "Read the fields of a BreakHis file name."
     match = _NAME.fullmatch(Path(name).name.upper())
-    cls = match and SUBTYPES[match[2]][0]
-    if not match or cls[0].upper() != match[1]:
-        raise BadInput(f"{name!r} is no BreakHis name; one looks like 'SOB_B_A-14-22549AB-100-027.png'")
-    _, subtype, yy, number, letters, mag, seq = match.groups()
-    return {"cls": cls, "subtype": subtype, "year": 2000 + int(yy), "slide": f"{subtype}-{yy}-{number}{letters}",
+    if not match: raise BadInput(f"{str(name)!r} is no BreakHis name; one looks like 'SOB_B_A-14-22549AB-100-027.png'")
+    subtype, yy, number, letters, mag, seq = match.groups()
+    return {"cls": SUBTYPES[subtype][0], "subtype": subtype, "year": 2000 + int(yy), "slide": f"{subtype}-{yy}-{number}{letters}",
             "accession": number, "mag": f"{mag}X", "seq": int(seq)}
 
 # %% ../nbs/10_data.ipynb #85322101
@@ -64,7 +63,7 @@ def image_path(
     return (Path(root)/"BreaKHis_v1/histology_slides/breast"/cls/"SOB"/folder/f"{kind}_{yy}-{number}"/mag/
             f"{kind}-{yy}-{number}-{mag[:-1]}-{seq:03d}.png")
 
-# %% ../nbs/10_data.ipynb #a2e69169
+# %% ../nbs/10_data.ipynb #454393b5
 def scan(
     root: str | Path,  # folder to search at any depth
 ) -> pd.DataFrame:  # path, image (the name as the official tree spells it) and the fields of the names
@@ -95,10 +94,10 @@ def has_breakhis(
     "Whether a folder holds any picture of BreakHis."
     return Path(root).is_dir() and any(True for _ in _breakhis_files(Path(root)))
 
-
+# %% ../nbs/10_data.ipynb #5c99a117
 def _breakhis_files(root):
     "Files below a folder with BreakHis names; hidden folders, such as a half-done unpacking, are passed over."
-    for folder, inside, names in os.walk(root):
+    for folder, inside, names in os.walk(root, followlinks=True):
         inside[:] = sorted(d for d in inside if d[0] != ".")
         yield from (Path(folder, n) for n in names if _NAME.fullmatch(n.upper()))
 
@@ -153,7 +152,7 @@ def read_table(
     "An image table from a CSV; images beside it, or in `images/` under it."
     csv = user_path(csv)
     if not csv.is_file(): raise BadInput(f"{csv} is not a file")
-    table = pd.read_csv(csv, dtype=str)
+    table = _csv(csv)
     missing = [c for c in ("image", "label", "patient") if c not in table.columns]
     if missing: raise BadInput(f"{csv} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has "
                                f"{', '.join(table.columns)}")
@@ -161,6 +160,12 @@ def read_table(
     if holes.any(): raise BadInput(f"{csv}, line {holes.idxmax() + 2}: image, label and patient must not be empty")
     if not len(table): raise BadInput(f"{csv} has no rows")
     return table.assign(path=[str(_find_beside(csv, name)) for name in table.image])
+
+
+def _csv(path, **more):
+    "A CSV as text; a file that is none is named."
+    try: return pd.read_csv(path, dtype=str, **more)
+    except (UnicodeDecodeError, ValueError) as e: raise BadInput(f"{path} cannot be read as a CSV: {e}") from None
 
 
 def _find_beside(csv, name):
@@ -180,7 +185,7 @@ def glas_table(
     "GlaS as it is unpacked, from its own grades."
     csv = _grades(folder)
     if csv is None: raise BadInput(f"{folder} holds no Grade.csv")
-    raw = pd.read_csv(csv, dtype=str, skipinitialspace=True).rename(columns=lambda c: c.strip().lower())
+    raw = _csv(csv, skipinitialspace=True).rename(columns=lambda c: c.strip().lower())
     want = {"name": "image", "patient id": "patient", "grade (glas)": "label"}
     lacking = [c for c in want if c not in raw]
     if lacking: raise BadInput(f"{csv} lacks the column {lacking[0]!r}; it has {', '.join(raw.columns)}")
@@ -197,7 +202,7 @@ def _grades(folder):
     "The Grade.csv of GlaS in a folder, whatever its case; `None` where there is none."
     return next((p for p in sorted(user_path(folder).glob("*")) if p.name.lower() == "grade.csv"), None)
 
-# %% ../nbs/10_data.ipynb #184b9ce1
+# %% ../nbs/10_data.ipynb #5673a695
 def load_table(
     data: str | Path,  # BreakHis folder, GlaS folder, or a CSV
     mag: str = "400X",  # magnification, for BreakHis
@@ -213,10 +218,17 @@ def load_table(
         if table.label.nunique() < 2: raise BadInput(f"{path} has only the class {table.label.iloc[0]!r}")
         return table, "glas" if all(_GLAS.fullmatch(Path(i).stem) for i in table.image) else "own"
     if not path.is_dir(): raise BadInput(f"data={str(data)!r}: {path} is neither a folder nor a CSV")
-    synthetic = any((p/"phantom.json").exists() for p in [path, *path.parents[:2], path/"BreaKHis_v1"])
-    return breakhis_table(path, mag, task, patient, double), "synthetic" if synthetic else "breakhis"
+    return breakhis_table(path, mag, task, patient, double), "synthetic" if is_synthetic(path) else "breakhis"
 
 
+def is_synthetic(
+    folder: str | Path,  # folder of images
+) -> bool:
+    "Whether a folder bears the phantom's marker, or lies in one that does."
+    path = user_path(folder)
+    return any((p/"phantom.json").exists() for p in [path, *path.parents[:2], path/"BreaKHis_v1"])
+
+# %% ../nbs/10_data.ipynb #2bc5d17f
 def class_names(
     table: pd.DataFrame,  # image table
 ) -> tuple[str, ...]:  # class names; their places are the class indices
@@ -233,7 +245,10 @@ def class_index(
     if strange: raise BadInput(f"label {sorted(strange)[0]!r} is none of the classes {', '.join(classes)}")
     return table.label.map({c: i for i, c in enumerate(classes)}).to_numpy(dtype=np.int64, copy=True)
 
-# %% ../nbs/10_data.ipynb #47768c30
+# %% ../nbs/10_data.ipynb #d561c899
+_MODES = ("RGB", "RGBA", "P", "L")  # 8 bits a channel; deeper greys would be cut, not scaled
+
+
 def decode(
     path: str | Path,  # image file
     size: int,  # side of the square  [px]
@@ -241,7 +256,9 @@ def decode(
     "Decode an image, scale its shorter side to `size`, cut the centre square; nothing is stretched."
     from PIL import Image
     try:
-        with Image.open(path) as image: image = image.convert("RGB")
+        with Image.open(path) as image:
+            if image.mode not in _MODES: raise ValueError(f"its mode is {image.mode}, accepted are {', '.join(_MODES)}")
+            image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise BadInput(f"{path} cannot be decoded: {e}") from e
     scale = size/min(image.size)
@@ -255,7 +272,7 @@ def cores() -> int:
     "Processors this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-
+# %% ../nbs/10_data.ipynb #393eaa0e
 def over(
     items,  # sequence
     work,  # function of one item
@@ -268,7 +285,7 @@ def over(
             pool.shutdown(cancel_futures=True)
             raise
 
-# %% ../nbs/10_data.ipynb #e752527e
+# %% ../nbs/10_data.ipynb #6e5faa2f
 STORE = 2  # version of what `decode` makes of an image; a store of another version is another file
 
 
@@ -286,7 +303,7 @@ def read_store(
     whole = array.shape == shape and array.dtype == np.uint8
     return array if whole and hashlib.sha256(array.data).digest() == seal else None
 
-
+# %% ../nbs/10_data.ipynb #6916172a
 def write_store(
     path: Path,  # file of a store
     files: list,  # image files

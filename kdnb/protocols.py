@@ -101,7 +101,7 @@ def _partition(table, fold, folds):
     part = deal(as_units(table, "accession"), folds)
     return set(table.slide[table.accession.map(part) == fold])
 
-# %% ../nbs/12_protocols.ipynb #07315eb6
+# %% ../nbs/12_protocols.ipynb #b763630a
 @dataclass(frozen=True)
 class Protocol:
     "A rule that says who is tested, what it keeps whole, and for what it is defined."
@@ -126,7 +126,7 @@ class Protocol:
         raise BadInput(f"task={task!r}: {self.name} is only defined for "
                        f"{', '.join(t for t, f in zip(TASKS, self.folds, strict=True) if f)}")
 
-
+# %% ../nbs/12_protocols.ipynb #0740f0c5
 PROTOCOLS = {p.name: p for p in (
     Protocol("accession-cv", "accession", _partition, (FOLDS, 2, FOLDS)),
     Protocol("official5", "slide", lambda t, f, _: _released(t, f), double="as-released",
@@ -158,7 +158,7 @@ def protocol_digest(
     protocol: str,  # one of `PROTOCOLS`
     task: str = "binary",  # one of `kdnb.data.TASKS`
 ) -> str:  # hex digits
-    "Digest of a protocol: its rule, and the side of every slide in every trial."
+    "Digest of a protocol: its rule, and the side of every slide in every trial (where slides have one)."
     p = PROTOCOLS[one_of("protocol", protocol, PROTOCOLS)]
     rule = [p.name, p.unit, p.double, p.mags, task, p.trials(task), VALID]
     if p.test is None: return digest(rule)
@@ -276,20 +276,22 @@ def save_split(
     "Publish a split: every unit with its side, and the digest of them."
     check_split(table)
     units = table.unit if "unit" in table else table.patient
+    unit = next(c for c in ("accession", "slide", "patient", "image") if c in table and (table[c] == units).all())
+    content = facts | {"unit": unit, "digest": split_digest(table)}
     sides = dict(sorted(set(zip(units, table.split, strict=True))))
-    return write_whole(path, json.dumps(facts | {"digest": split_digest(table), "sides": sides}, indent=1) + "\n")
+    return write_whole(path, json.dumps(content | {"sides": sides}, indent=1) + "\n")
 
 
 def load_split(
     table: pd.DataFrame,  # image table without sides
     path: str | Path,  # JSON file of `save_split`
-    unit: str = "patient",  # column whose values the file names
 ) -> pd.DataFrame:  # the table with the columns `split` and `unit`
     "Give a published split back to its images."
     try: content = json.loads(user_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise BadInput(f"{path}: cannot be read as a split ({e})") from None
     sides = content.get("sides") if isinstance(content, dict) else None
     if not isinstance(sides, dict): raise BadInput(f"{path} is no split: it has no `sides`")
+    if (unit := content.get("unit")) not in table: raise BadInput(f"{path} gives sides to {unit!r}, which the table lacks")
     if content.get("digest") != digest(sorted(map(tuple, sides.items()))):
         raise BadInput(f"{path} was changed after it was written: its digest does not fit its sides")
     strange = sorted(set(table[unit]) - set(sides))
@@ -314,13 +316,18 @@ CAP = 5  # images of one patient among the shots of a class, at most  H
 def _shuffled(rows, rng, cap):
     "At random."
     rows = rows.iloc[rng.permutation(len(rows))]
-    return rows[rows.groupby("patient").cumcount() < cap]
+    return rows[rows.groupby(_person(rows)).cumcount() < cap]
+
+
+def _person(rows):
+    "Whose image it is, where slides of one accession are one person."
+    return "accession" if "accession" in rows else "patient"
 
 
 def _patients_first(rows, rng, cap):
     "One image of every patient, in random order, before the second of any."
     rows = _shuffled(rows, rng, cap)
-    return rows.iloc[np.argsort(rows.groupby("patient").cumcount().to_numpy(), kind="stable")]
+    return rows.iloc[np.argsort(rows.groupby(_person(rows)).cumcount().to_numpy(), kind="stable")]
 
 # %% ../nbs/12_protocols.ipynb #50f09e17
 def cover(
@@ -342,10 +349,20 @@ def cover(
         taken.append(int(rows[np.maximum(near[rows], best).sum(1).argmax()]))
         best = np.maximum(best, near[taken[-1]])
 
-# %% ../nbs/12_protocols.ipynb #1d2607d6
+# %% ../nbs/12_protocols.ipynb #a2b338be
 SHOTS = ("random", "patients", "coverage")  # how shots are chosen
 
 
+def _check_draw(table, k, seed, cap, features):
+    "Refuse what shots cannot be drawn by."
+    for name, value, least in (("k", k, 1), ("cap", cap, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise BadInput(f"{name}={value!r} is not accepted; a whole number from {least} up is")
+    if "split" not in table: raise BadInput("the table has no column split: split it first (split_images)")
+    if features is None or len(features) != len(table) or not np.isfinite(features).all():
+        raise BadInput("how='coverage' needs features: one row of finite numbers for each image of the table")
+
+# %% ../nbs/12_protocols.ipynb #ad607f1c
 def draw_shots(
     table: pd.DataFrame,  # image table with a `split` column
     k: int,  # images per class
@@ -358,9 +375,7 @@ def draw_shots(
 ) -> pd.DataFrame:  # shots in the order of the draw; their label is "" where labels may not be looked at
     "K images per class by seed, nested in K, at most `cap` of each patient."
     one_of("how", how, SHOTS)
-    if k < 1 or cap < 1: raise BadInput(f"k={k}, cap={cap}: at least one image is needed")
-    if how == "coverage" and (features is None or len(features) != len(table)):
-        raise BadInput("how='coverage' needs features, one row for each image of the table")
+    _check_draw(table, k, seed, cap, features if how == "coverage" else np.zeros(len(table)))
     table, classes = table.assign(_row=np.arange(len(table))), class_names(table)
     pool, taken = table[table.split == side].sort_values("image" if "image" in table else "path"), []
     if not labels: pool, k, classes = pool.assign(label=""), k*len(classes), ("",)
@@ -368,10 +383,10 @@ def draw_shots(
         rows, rng = pool[pool.label == label], np.random.default_rng([seed, i])
         order = {"patients": _patients_first}.get(how, _shuffled)(rows, rng, cap)
         if len(order) < k: raise BadInput(f"k={k}: class {label!r} offers at most {len(order)} {side} images "
-                                          f"({rows.patient.nunique()} patients, {cap} images of each at most)")
+                                          f"({rows[_person(rows)].nunique()} patients, {cap} images of each at most)")
         if how == "coverage":
-            first = rows.index.get_loc(order.index[0])
-            order = rows.iloc[cover(features[rows._row], k, first, rows.patient.to_numpy(), cap)]
+            first = int(np.flatnonzero(rows._row == order._row.iloc[0])[0])
+            order = rows.iloc[cover(features[rows._row], k, first, rows[_person(rows)].to_numpy(), cap)]
         taken.append(order.head(k))
     return pd.concat(taken).drop(columns="_row").reset_index(drop=True)
 
@@ -388,6 +403,7 @@ def shot_choice(
 def shot_facts(
     shots: pd.DataFrame,  # shots
 ) -> dict:  # images and patients, in all and by class
-    "What a record says of its shots."
-    each = shots.groupby("label").agg(images=("path", "size"), patients=("patient", "nunique"))
-    return {"images": len(shots), "patients": int(shots.patient.nunique()), "classes": each.T.to_dict()}
+    "What a record says of its shots; patients are accessions where there are any."
+    who = _person(shots)
+    each = shots.groupby("label").agg(images=("path", "size"), patients=(who, "nunique"))
+    return {"images": len(shots), "patients": int(shots[who].nunique()), "classes": each.T.to_dict()}

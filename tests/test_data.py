@@ -85,6 +85,20 @@ def test_hidden_folders_are_passed_over(tmp_path):
     with pytest.raises(BadInput, match="no BreakHis images under"): scan(tmp_path)
 
 
+def test_a_linked_tree_is_found_and_a_contradictory_name_is_not(tmp_path):
+    picture(tmp_path/"there"/"SOB_B_A-14-22549AB-40-001.png")
+    picture(tmp_path/"there"/"SOB_M_A-14-22549AB-40-002.png")
+    (tmp_path/"here").mkdir()
+    (tmp_path/"here"/"BreaKHis_v1").symlink_to(tmp_path/"there", target_is_directory=True)
+    assert has_breakhis(tmp_path/"here") and len(scan(tmp_path/"here")) == 1
+
+
+def test_a_picture_is_no_table_and_deep_greys_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="cannot be read as a CSV"): load_table(picture(tmp_path/"a.png"))
+    Image.fromarray(RNG.integers(0, 2**16, (9, 9)).astype(np.uint16)).save(tmp_path/"deep.png")
+    with pytest.raises(BadInput, match="its mode is I;16"): decode(tmp_path/"deep.png", 8)
+
+
 def test_policies_of_the_double_specimen(tmp_path):
     for s in ("A-14-22549AB", "DC-14-13412", "LC-14-13412", "F-14-9133"): picture(tmp_path/image_path("", s, "400X", 1))
     kept = lambda **k: breakhis_table(tmp_path, "400X", **k).slide.tolist()

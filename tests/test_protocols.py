@@ -193,14 +193,17 @@ def test_a_published_split_comes_back(tmp_path):
     table = named()
     there = split(table, "official5", 0).drop(columns="patient").assign(patient=table.slide)
     file = save_split(there, tmp_path/"s.json", protocol="official5", fold=0)
-    assert load_split(table, file, "slide").split.equals(there.split)
-    with pytest.raises(BadInput, match="gives no side to patient"): load_split(table, file)
+    assert load_split(table, file).split.equals(there.split)
+    with pytest.raises(BadInput, match="gives no side to slide 'DC-14-1'"): load_split(table.assign(slide="DC-14-1"), file)
+    with pytest.raises(BadInput, match="gives sides to 'slide', which the table lacks"): load_split(own(0), file)
+    random = split(table, "image-random")
+    assert load_split(table, save_split(random, tmp_path/"r.json")).split.equals(random.split)
     content = json.loads(file.read_text())
     for harm, said in ((lambda c: c["sides"].update({"A-14-22549AB": "test"}), "was changed after"),
                        (lambda c: c.pop("sides"), "has no `sides`")):
         harm(content)
         file.write_text(json.dumps(content))
-        with pytest.raises(BadInput, match=said): load_split(table, file, "slide")
+        with pytest.raises(BadInput, match=said): load_split(table, file)
     file.write_text("{")
     with pytest.raises(BadInput, match="cannot be read as a split"): load_split(table, file)
     with pytest.raises(BadInput, match="is on both sides"):
@@ -236,6 +239,14 @@ def test_shots_are_nested_capped_and_repeatable(train, features, how, labels, se
         assert draw(5, mixed).path.tolist() == small.path.tolist(), "the order of the table matters"
 
 
+@pytest.mark.parametrize("how", SHOTS)
+def test_the_cap_holds_for_accessions_where_slides_are_the_patients(how):
+    table = split(named("binary", "as-released"), "official5", 2).assign(patient=lambda t: t.slide)
+    shots = [draw_shots(table, 20, s, how=how, features=np.random.default_rng(s).normal(size=(len(table), 4))) for s in range(3)]
+    assert max(s.groupby(["label", "accession"]).size().max() for s in shots) <= 5
+    assert [shot_facts(s)["patients"] for s in shots] == [s.accession.nunique() for s in shots]
+
+
 def test_ways_of_choosing_differ_as_they_should(train, features):
     patients = {how: np.mean([draw_shots(train, 10, s, how=how, features=features).patient.nunique() for s in range(20)])
                 for how in SHOTS}
@@ -265,8 +276,12 @@ def test_cover_is_greedy_and_complete(seed):
 
 def test_bad_shots_are_refused(train):
     with pytest.raises(BadInput, match="class 'benign' offers at most 50 train images"): draw_shots(train, 100)
-    with pytest.raises(BadInput, match="k=0, cap=5"): draw_shots(train, 0)
-    with pytest.raises(BadInput, match="needs features"): draw_shots(train, 2, how="coverage")
+    with pytest.raises(BadInput, match="k=0 is not accepted"): draw_shots(train, 0)
+    for features in (None, [0], np.full(len(train), np.nan)):
+        with pytest.raises(BadInput, match="needs features"): draw_shots(train, 2, how="coverage", features=features)
+    for wrong in (dict(k=2.5), dict(seed=-1), dict(cap=0), dict(k=True)):
+        with pytest.raises(BadInput, match="is not accepted; a whole number from"): draw_shots(train, **{"k": 2, **wrong})
+    with pytest.raises(BadInput, match="has no column split"): draw_shots(train.drop(columns="split"), 2)
     with pytest.raises(BadInput, match="Did you mean 'patients'"): draw_shots(train, 2, how="patient")
     with pytest.raises(BadInput, match="only 'unlabelled' may stand"): shot_choice("random,blind")
 
