@@ -6,8 +6,8 @@
 __all__ = ['URL', 'TREE', 'TRIES', 'PAUSE', 'TIMEOUT', 'MAGIC', 'UNPACKABLE', 'Broke', 'Unreachable', 'WrongFile', 'beside',
            'root_cause', 'part_state', 'ask', 'validator_of', 'settle', 'receive', 'attempt', 'download', 'what_is',
            'archive_digest', 'read_record', 'examine', 'unpacking', 'trouble', 'zip_is_plain', 'survey', 'inspect',
-           'extract', 'unpack', 'local_archive', 'name_of', 'check_pins', 'bring', 'fetch', 'arguments', 'run_fetch',
-           'run_index', 'run_verify', 'main']
+           'extract', 'unpack', 'local_archive', 'name_of', 'check_pins', 'bring', 'noted', 'compare_pins', 'fetch',
+           'arguments', 'run_fetch', 'run_index', 'run_verify', 'main']
 
 # %% ../nbs/15_archive.ipynb #6198699b
 import argparse
@@ -34,9 +34,10 @@ import requests
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .audit import COLUMNS, folder_of, gather, index, is_glas, is_picture, report, verify, write_csv
+from .audit import (
+    COLUMNS, SYNTHETIC, folder_of, gather, index, is_glas, is_picture, magnifications, report, share, verify, write_csv)
 from .core import BadInput, data_home, user_path, write_whole
-from .data import scan
+from .data import is_synthetic, scan
 
 # %% ../nbs/15_archive.ipynb #6bafb74b
 URL = "http://www.inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz"  # the authors' archive, R eva
@@ -418,7 +419,39 @@ def bring(
     if not local: print(f"{archive} is not needed any more: delete it if you like")
     return tree
 
-# %% ../nbs/15_archive.ipynb #025c28de
+# %% ../nbs/15_archive.ipynb #0a64d386
+def noted(
+    target: Path,  # folder that holds the tree
+    url: str,  # address, or path of a file
+) -> dict:  # record -> size and sha256; the one of this name, else all there are
+    "What was noted of the archives that were unpacked here."
+    names = {f"{name_of(url)}.json", f"{Path(unquote(url)).name}.json"}  # of an address, of a file
+    records = {}
+    for path in sorted(target.glob("*.json")):
+        try: records[path] = read_record(path)
+        except BadInput: continue  # some other file
+    return {path: r for path, r in records.items() if path.name in names} or records
+
+
+def compare_pins(
+    tree: Path,  # tree that is already there
+    url: str,  # address, or path of a file
+    sha256: str | None = None,  # digest its archive must have had
+    size: int | None = None,  # bytes its archive must have had
+) -> str:  # what is said of it, empty if nothing was to be compared
+    "Refuse a tree whose archive was another one, as far as that was noted."
+    pins = {key: pin for key, pin in {"size": size, "sha256": sha256}.items() if pin}
+    records = noted(tree.parent, url)
+    if not pins: return ""
+    options = " and ".join(f"--{key}" for key in pins)
+    if not records: return f"nothing is noted of the archive it came from, so {options} cannot be checked"
+    wrong = [(path, key) for path, r in records.items() for key in pins if r[key] != pins[key]]
+    if any(path not in {p for p, _ in wrong} for path in records): return f"{options} agree with what was noted"
+    path, key = wrong[0]
+    raise BadInput(f"{tree} is already there, and the {key} of its archive was {records[path][key]} (noted in {path}), "
+                   f"not {pins[key]} (--{key}); to fetch the other one, move tree and note away")
+
+# %% ../nbs/15_archive.ipynb #977044f9
 def fetch(
     to: str | Path | None = None,  # folder that is to hold `BreaKHis_v1`; the data folder of kdnb unless told
     url: str = URL,  # address, or path of a file
@@ -436,8 +469,10 @@ def fetch(
             if not there: bring(target, url, sha256, size)
     except Timeout: raise BadInput(f"{target}: another kdnb_data fetch is at work here") from None
     n = len(scan(tree))
+    said = compare_pins(tree, url, sha256, size) if there else ""
     if there: print(f"already there: {tree} ({n} images); to fetch it again, move it away")
     else: print(f"unpacked: {tree} ({n} images)\nnow: kdnb_data verify {tree}")
+    for line in filter(None, [said, SYNTHETIC if is_synthetic(tree) else ""]): print(line)
     return tree
 
 # %% ../nbs/15_archive.ipynb #d1bbe38b
@@ -454,7 +489,8 @@ def arguments() -> argparse.ArgumentParser:  # of `kdnb_data`
     v = sub.add_parser("verify", help="say what is wrong with a folder; status 1 if anything is")
     for p in (i, v): p.add_argument("folder", metavar="DIR")
     i.add_argument("--manifest", metavar="FILE.csv", help="write bytes and digests of every file")
-    v.add_argument("--manifest", metavar="FILE.csv", help="compare with what index wrote")
+    v.add_argument("--manifest", metavar="FILE.csv", help="what index wrote; only what it lists can be missing")
+    v.add_argument("--mag", action="append", metavar="400X", help="look at this magnification only; may be repeated")
     v.add_argument("--folds", metavar="DIR", help="the authors' dsfold*.txt: names what is missing; checked too")
     v.add_argument("--out", metavar="FILE.csv", help="write all findings")
     v.add_argument("--all", action="store_true", help="print all findings")
@@ -486,10 +522,14 @@ def run_verify(
     a: argparse.Namespace,  # parsed arguments
 ) -> int:  # exit status
     "`kdnb_data verify`."
-    if is_glas(folder_of(a.folder)): print("GlaS has no catalogue to compare with: only that its images can be decoded")
-    findings, files = verify(a.folder, a.manifest, a.folds)
+    mags, glas = magnifications(a.mag), is_glas(folder_of(a.folder))
+    findings, files = verify(a.folder, a.manifest, a.folds, a.mag)
     if a.out: print(f"all findings: {write_csv(findings, a.out)}")
-    print(report(findings, files, a.all))
+    if glas: print("GlaS, compared with its Grade.csv " + (
+        f"and with {a.manifest}" if a.manifest else "only: it has no catalogue, but `index --manifest` makes one"))
+    elif is_synthetic(a.folder): print(SYNTHETIC)
+    if not glas and (a.manifest or a.mag): print(share(files, mags))
+    print(report(findings, len(files), a.all, mags))
     return int(findings.fault.any())
 
 # %% ../nbs/15_archive.ipynb #6212b3cd
@@ -498,7 +538,12 @@ def main(
 ) -> None:
     "`kdnb_data`: errors are one message on stderr and a non-zero exit."
     a = arguments().parse_args(argv)
-    try: status = {"fetch": run_fetch, "index": run_index, "verify": run_verify}[a.command](a)
+    try:
+        status = {"fetch": run_fetch, "index": run_index, "verify": run_verify}[a.command](a)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read us has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to write goes nowhere
+        sys.exit(128 + 13)  # as a shell names what SIGPIPE ended
     except (BadInput, OSError) as e: sys.exit(f"kdnb_data: {e}")
     except KeyboardInterrupt:
         kept = "; what came is kept, and the next call goes on from it" if a.command == "fetch" else ""

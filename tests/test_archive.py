@@ -420,6 +420,53 @@ def test_a_tree_that_is_there_is_not_touched(serve, tmp_path, capsys):
     with pytest.raises(BadInput, match="no BreakHis images under .*BreaKHis_v1"): fetch(tmp_path, url)
 
 
+@pytest.mark.parametrize("kind", ["address", "file"])
+def test_pins_are_compared_with_what_was_noted_of_a_tree_that_is_there(serve, tmp_path, capsys, kind):
+    h, url = serve()
+    (tmp_path/"from a browser.zip").write_bytes(GOOD)
+    if kind == "file": url = str(tmp_path/"from a browser.zip")
+    good, bad, to = hashlib.sha256(GOOD).hexdigest(), "0" * 64, tmp_path/"to"
+    fetch(to, url)
+    (to/"other.json").write_text("[]")
+    (to/"elsewhere.zip.json").write_text(json.dumps({"bytes": 7, "sha256": bad}))
+    with pytest.raises(BadInput, match=f"the sha256 of its archive was {good} .*, not {bad} "): fetch(to, url, bad)
+    with pytest.raises(BadInput, match=rf"the size of its archive was {len(GOOD)} \(noted in .*, not 7 \(--size"):
+        fetch(to, url, good, 7)
+    capsys.readouterr()
+    fetch(to, url, good.upper(), len(GOOD))
+    assert "--size and --sha256 agree with what was noted" in capsys.readouterr().out
+    fetch(to, url)
+    assert "not" not in capsys.readouterr().out.replace("noted", "")
+
+
+def test_pins_of_a_tree_nothing_is_noted_of(serve, tmp_path, capsys):
+    h, url = serve()
+    (tmp_path/"BreaKHis_v1"/"histology_slides").mkdir(parents=True)
+    (tmp_path/"BreaKHis_v1"/"histology_slides"/NAMES[0]).write_bytes(png(0))
+    fetch(tmp_path, url, sha256="0" * 64)
+    out = capsys.readouterr().out
+    assert "already there" in out
+    assert "nothing is noted of the archive it came from, so --sha256 cannot be checked" in out
+    (tmp_path/"mirror.zip.json").write_text(json.dumps({"bytes": 7, "sha256": "1" * 64}))  # came from elsewhere
+    for folder in (tmp_path, tmp_path/"BreaKHis_v1"):
+        with pytest.raises(BadInput, match=f"was {'1' * 64} .*, not {'0' * 64}"): fetch(folder, url, sha256="0" * 64)
+    with pytest.raises(BadInput, match="is not accepted"): fetch(tmp_path, url, size=0)
+
+
+def test_a_name_that_contradicts_itself_among_good_ones(tmp_path, capsys):
+    (tmp_path/"a.tar.gz").write_bytes(make_tar({**TREE, "BreaKHis_v1/x/SOB_M_A-14-22549AB-40-009.png": png(9)}))
+    tree = fetch(tmp_path/"to", str(tmp_path/"a.tar.gz"))
+    assert "(4 images)" in capsys.readouterr().out and len(list(tree.rglob("*.png"))) == 5
+
+
+def test_a_phantom_that_is_there_is_called_one(tmp_path, capsys):
+    (tmp_path/"BreaKHis_v1").mkdir()
+    (tmp_path/"BreaKHis_v1"/NAMES[0]).write_bytes(png(0))
+    (tmp_path/"BreaKHis_v1"/"phantom.json").write_text("{}")
+    fetch(tmp_path, "http://127.0.0.1:9/x.tar.gz")
+    assert "SYNTHETIC" in capsys.readouterr().out
+
+
 def test_a_data_folder_that_is_the_tree(serve, tmp_path, capsys):
     h, url = serve()
     (tmp_path/"histology_slides").mkdir()

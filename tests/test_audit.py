@@ -206,8 +206,8 @@ def right(monkeypatch):
 
 def test_nothing_but_what_is_missing(tmp_path, right):
     for i, name in enumerate((A, B, C)): picture(official(tmp_path, name), i)
-    findings, n = verify(tmp_path)
-    assert n == 3 and set(findings.kind) == {"missing"} and findings["count"].sum() == 7906
+    findings, files = verify(tmp_path)
+    assert len(files) == 3 and set(findings.kind) == {"missing"} and findings["count"].sum() == 7906
     assert set(findings[findings.slide == "DC-14-2523"].detail) == {"0 of 10 are here", "0 of 23 are here",
                                                                     "0 of 18 are here", "1 of 24 are here"}
 
@@ -259,6 +259,7 @@ def test_extra_unknown_and_stray(tmp_path, right):
     found = kinds(tmp_path)
     assert found.keys() == {"extra", "unknown slide", "stray"}
     assert found["extra"]["count"].tolist() == [2] and found["extra"].path.iloc[0].count("|") == 2
+    assert found["extra"].detail.tolist() == ["3 are here, and the slide table has 1: 2 too many"]
     assert found["unknown slide"].slide.tolist() == ["DC-14-99999"]
     assert found["stray"].path.tolist() == ["sub/SOB_B_DC-14-1-40-001.jpg", "thumb.PNG"]
 
@@ -289,20 +290,22 @@ def test_changes_against_a_manifest(tmp_path, right):
     findings, _ = verify(other, tmp_path/"m.csv")
     changed = findings[findings.kind == "changed"].set_index("path").detail
     assert changed.to_dict() == {f"x/{A}": "other bytes, the same pixels", f"x/{B}": "other pixels"}
-    assert findings[findings.kind == "missing"].path.tolist().count(C) == 1, "named"
-    assert findings[findings.kind == "missing"]["count"].sum() == 7906
+    assert findings[findings.kind == "missing"].path.tolist() == [C], "named, and nothing else"
     assert findings[findings.kind == "unlisted"].path.tolist() == ["x/SOB_M_DC-14-2523-400-011.png"]
 
 
 def test_names_make_extra_and_missing_exact(right):
     names = {f"SOB_M_DC-14-4364-40-00{i}.png" for i in (1,)}
     files = pd.DataFrame([{"path": n, "key": n, **parse_name(n)} for n in ("SOB_M_DC-14-4364-40-002.png",)])
-    found = [f for f in audit.against_table(files, names) if (f["slide"], f["mag"]) == ("DC-14-4364", "40X")]
+    noticed = audit.against_table(files, {"a list": names})
+    found = [f for f in noticed if (f["slide"], f["mag"]) == ("DC-14-4364", "40X")]
     assert [(f["kind"], f["path"], f["count"]) for f in found] == [
         ("missing", "SOB_M_DC-14-4364-40-001.png", 1), ("extra", "SOB_M_DC-14-4364-40-002.png", 1)]
+    assert found[1]["detail"] == "not among the names of the 1 pictures that DC-14-4364 has at 40X"
 
 
-def test_a_complete_collection_has_no_finding(tmp_path, right, monkeypatch, capsys):
+@pytest.fixture
+def complete(tmp_path, monkeypatch):
     "All 7,909 names, without their pixels."
     rows = [(s.slide_id, m, i) for s in slides().iloc for m in MAGS for i in range(1, s[f"n{m[:-1]}"] + 1)]
     paths = [image_path("", *row).as_posix() for row in rows]
@@ -310,11 +313,132 @@ def test_a_complete_collection_has_no_finding(tmp_path, right, monkeypatch, caps
         bytes=1, sha256=paths, pixels=paths, width=700, height=460, damage="")
     twin = files.slide.str.endswith("-13412")
     files.loc[twin, ["sha256", "pixels"]] = files.key[twin].str.replace(r"SOB_M_..", "", regex=True)
-    monkeypatch.setattr(audit, "gather", lambda root: files)
+    there = {"files": files}
+    pick = lambda mags: there["files"][there["files"].mag.isin(mags)].reset_index(drop=True)
+    monkeypatch.setattr(audit, "gather", lambda root, mags: pick(mags))
     (tmp_path/"x").write_text("")
+    return there
+
+
+def test_a_complete_collection_has_no_finding(tmp_path, complete, capsys):
     assert run("verify", tmp_path) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "7909 files: nothing wrong; noted: 123 double specimen"
-    assert (audit.cells(files).expected == audit.cells(files).found).all()
+    cells = audit.cells(complete["files"])
+    assert (cells.expected == cells.found).all()
+
+
+def test_one_magnification(tmp_path, complete, capsys):
+    files = complete["files"]
+    complete["files"] = files.drop(files.index[files.mag == "100X"][0])  # what others lack does not matter
+    for mag in (["400X"], [" 400x"], ["400", "400X"]):
+        assert run("verify", tmp_path, *(word for m in mag for word in ("--mag", m))) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert out[0] == "1,820 of 1,820 images of BreakHis at 400X" and "1820 files: nothing wrong" in out[-1]
+    assert run("verify", tmp_path, "--mag", "40X,100", "--mag", "400") == 1
+    assert "5895 files: 1 finding (1 missing)" in capsys.readouterr().out
+    for wrong in ("300X", "400X,", ""):
+        assert "'40X', '100X', '200X', '400X'" in run("verify", tmp_path, "--mag", wrong)
+
+
+def test_a_slide_that_lacks_one_magnification_whole(tmp_path, complete, capsys):
+    complete["files"] = complete["files"].query("slide != 'DC-14-2523' or mag != '400X'")
+    assert run("verify", tmp_path, "--mag", "400X") == 1
+    assert "1 slide whole: 24 images" in capsys.readouterr().out
+
+
+def test_a_magnification_that_is_not_there(tmp_path):
+    picture(tmp_path/A), picture(tmp_path/B)
+    assert "holds no picture at 100X, only at 40X, 400X" in run("verify", tmp_path, "--mag", "100X")
+
+
+# ---- a manifest says what belongs here
+
+@pytest.fixture
+def part(tmp_path, right):
+    "Three pictures and their manifest."
+    for i, name in enumerate((A, B, C)): picture(tmp_path/"part"/name, i)
+    main(["index", str(tmp_path/"part"), "--manifest", str(tmp_path/"m.csv")])
+    return tmp_path/"part"
+
+
+def test_a_part_of_breakhis_is_right_by_its_manifest(part, tmp_path, capsys):
+    capsys.readouterr()
+    assert run("verify", part, "--manifest", tmp_path/"m.csv") == 0
+    assert capsys.readouterr().out.splitlines() == ["3 of 7,909 images of BreakHis", "3 files: nothing wrong"]
+    (part/C).unlink()
+    assert run("verify", part, "--manifest", tmp_path/"m.csv") == 1
+    out = capsys.readouterr().out
+    assert f"  {C}: named by the manifest" in out and out.splitlines()[-1] == "2 files: 1 finding (1 missing)"
+    assert run("verify", part, "--manifest", tmp_path/"m.csv", "--mag", "40X") == 0
+    assert capsys.readouterr().out.splitlines() == ["1 of 1,995 images of BreakHis at 40X", "1 file: nothing wrong"]
+    picture(part/"SOB_M_DC-14-2523-400-011.png", 9)  # something that the manifest does not have
+    (part/A).unlink()
+    assert run("verify", part, "--manifest", tmp_path/"m.csv") == 1
+    assert "2 findings (2 missing); noted: 1 unlisted" in capsys.readouterr().out
+
+
+@there(FOLDS)
+def test_which_list_names_what_is_lost(part, tmp_path, capsys):
+    argv = ["verify", part, "--manifest", tmp_path/"m.csv", "--folds", FOLDS, "--out", tmp_path/"f.csv"]
+    assert run(*argv) == 0
+    assert "nothing wrong; noted: 7906 absent" in capsys.readouterr().out
+    (part/C).unlink()
+    assert run(*argv) == 1
+    out, found = capsys.readouterr().out, pd.read_csv(tmp_path/"f.csv", keep_default_na=False)
+    assert out.splitlines()[-1] == "2 files: 1 finding (1 missing); noted: 7906 absent" and f"  {C}: named" in out
+    assert found.groupby("kind").detail.unique().map(list).to_dict() == {
+        "absent": ["named by the fold files"], "missing": ["named by the manifest and the fold files"]}
+    assert found.path[found.kind == "missing"].tolist() == [C]
+
+
+@there(FOLDS)
+def test_a_missing_fold_file_is_said(tmp_path, right, capsys):
+    for i in (1, 2, 4, 5): shutil.copy(FOLDS/f"dsfold{i}.txt", tmp_path)
+    picture(tmp_path/"data"/A)
+    assert run("verify", tmp_path/"data", "--folds", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "dsfold3.txt is not there, so fold 3 is not checked" in out and "noted: 1 fold file" in out
+
+
+@there(FOLDS)
+def test_a_number_outside_the_lists(tmp_path, right):
+    picture(tmp_path/"SOB_M_DC-14-2523-400-999.png")
+    found = kinds(tmp_path, None, FOLDS)["extra"]
+    assert found.detail.tolist() == ["not among the names of the 24 pictures that DC-14-2523 has at 400X"]
+
+
+# ---- names that contradict themselves, and pictures that are none
+
+def test_a_name_that_contradicts_itself_is_a_stray(tmp_path, right, capsys):
+    wrong = "SOB_M_A-14-22549AB-40-002.png"
+    picture(tmp_path/A), picture(tmp_path/wrong, 7), picture(tmp_path/"sob_b_dc-14-2523-40-001.PNG", 9)
+    assert run("index", tmp_path, "--manifest", tmp_path/"m.csv") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 images, 1 slides, 1 accessions, 1 benign, 0 malignant"
+    assert run("verify", tmp_path, "--manifest", tmp_path/"m.csv") == 1
+    out = capsys.readouterr().out
+    assert f"  {wrong}: class M and subtype A contradict: A is adenosis, benign" in out
+    assert "class B and subtype DC contradict: DC is ductal carcinoma, malignant" in out
+    assert out.splitlines()[-1] == "1 file: 2 findings (2 stray)"
+
+
+@pytest.mark.parametrize("place", [".", "..", "../..", "BreaKHis_v1"])
+def test_a_phantom_is_called_one(tmp_path, right, capsys, place):
+    root = tmp_path/"x"/"y"
+    picture(root/"BreaKHis_v1"/A)
+    (root/place/"phantom.json").write_text("{}")
+    for command in ("index", "verify"):
+        run(command, root)
+        assert [line for line in capsys.readouterr().out.splitlines() if "SYNTHETIC" in line] == [audit.SYNTHETIC]
+    assert index(root)[-1] == "1 images, 1 slides, 1 accessions, 1 benign, 0 malignant"
+    (root/place/"phantom.json").unlink()
+    run("index", root), run("verify", root)
+    assert "SYNTHETIC" not in capsys.readouterr().out
+
+
+def test_a_stray_folder_leaves_a_flat_folder_flat(tmp_path):
+    for i, name in enumerate((A, B, C)): picture(tmp_path/name, i)
+    picture(tmp_path/"again"/A)
+    assert index(tmp_path)[0] == "layout: flat folder (3), folders of no known layout (1)"
 
 
 # ---- what is printed and written
@@ -331,6 +455,14 @@ def test_the_true_samples_lack_7871(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 82 + 3
 
 
+@there(SAMPLES)
+def test_the_true_samples_are_right_by_their_manifest(tmp_path, capsys):
+    main(["index", str(SAMPLES), "--manifest", str(tmp_path/"m.csv")])
+    capsys.readouterr()
+    assert run("verify", SAMPLES, "--manifest", tmp_path/"m.csv") == 0
+    assert capsys.readouterr().out.splitlines() == ["38 of 7,909 images of BreakHis", "38 files: nothing wrong"]
+
+
 @there(FOLDS)
 @there(SAMPLES)
 def test_the_true_samples_by_name(capsys):
@@ -343,8 +475,8 @@ def test_the_true_samples_by_name(capsys):
 def test_long_lists_are_cut(tmp_path, right):
     for i in range(12): picture(tmp_path/f"junk{i}.png")
     picture(tmp_path/A)
-    findings, n = verify(tmp_path)
-    short, long = report(findings, n), report(findings, n, True)
+    findings, files = verify(tmp_path)
+    short, long = report(findings, len(files)), report(findings, len(files), True)
     assert short.count("junk") == audit.FEW and "and 4 more lines; --all prints them" in short
     assert long.count("junk") == 12
     assert short.splitlines()[-1] == "1 file: 7920 findings (7908 missing, 12 stray)"
@@ -358,11 +490,55 @@ def test_glas_is_decoded_and_compared_with_its_manifest(glas, tmp_path, capsys):
     assert run("index", glas, "--manifest", tmp_path/"m.csv") == 0
     assert run("verify", glas, "--manifest", tmp_path/"m.csv") == 0
     out = capsys.readouterr().out
-    assert "GlaS has no catalogue" in out and out.splitlines()[-1] == "4 files: nothing wrong"
+    assert f"GlaS, compared with its Grade.csv and with {tmp_path/'m.csv'}" in out
+    assert out.splitlines()[-1] == "4 files: nothing wrong"
+    assert run("verify", glas) == 0 and "Grade.csv only: it has no catalogue" in capsys.readouterr().out
     (glas/"testA_1.bmp").write_bytes(b"BM")
     picture(glas/"testA_2.bmp", 77)
     assert run("verify", glas, "--manifest", tmp_path/"m.csv") == 1
     assert capsys.readouterr().out.splitlines()[-1] == "4 files: 2 findings (1 damaged, 1 changed)"
+
+
+def test_glas_that_lacks_pictures(glas, tmp_path, capsys):
+    main(["index", str(glas), "--manifest", str(tmp_path/"m.csv")])
+    for name in ("testA_1", "train_10"): (glas/f"{name}.bmp").unlink()
+    capsys.readouterr()
+    assert run("verify", glas) == 1
+    out = capsys.readouterr().out
+    assert "  testA_1: named by Grade.csv\n  train_10: named by Grade.csv" in out
+    assert out.splitlines()[-1] == "2 files: 2 findings (2 missing)"
+    assert run("verify", glas, "--manifest", tmp_path/"m.csv") == 1
+    out = capsys.readouterr().out
+    assert "  testA_1.bmp: named by the manifest and Grade.csv" in out and "2 findings (2 missing)" in out
+    for path in glas.glob("t*.bmp"): path.unlink()
+    assert "none of the 4 pictures that Grade.csv names is here" in run("verify", glas)
+    (glas/"Grade.csv").write_text("name,grade\n")
+    assert "Grade.csv lacks the column 'patient id'" in run("verify", glas)
+
+
+def test_pictures_that_glas_holds_twice(glas, capsys):
+    shutil.copy(glas/"testA_1.bmp", glas/"testA_2.bmp"), picture(glas/"train_1.bmp", 3, compress_level=0)
+    assert run("verify", glas) == 1
+    out = capsys.readouterr().out
+    assert "testA_1.bmp | testA_2.bmp: the same bytes, within patient 5" in out
+    assert "train_1.bmp | train_10.bmp: other bytes, the same pixels, across the patients 1, 2" in out
+    assert out.splitlines()[-1] == "4 files: 2 findings (1 duplicate, 1 equal pixels)"
+
+
+@pytest.mark.parametrize("option", [("--folds", "."), ("--mag", "400X")])
+def test_glas_knows_neither_folds_nor_magnifications(glas, option):
+    says = run("verify", glas, *option)
+    assert f"is GlaS, and {option[0]} is for BreakHis: GlaS has neither fold files nor magnifications" in says
+
+
+@there(GLAS)
+def test_all_of_glas_is_right(tmp_path):
+    table = pd.read_csv(GLAS/"labels.csv", dtype=str)
+    rows = [f"{Path(r.image).stem},{r.patient}, {r.label}, {r.grade}" for r in table.itertuples()]
+    (tmp_path/"Grade.csv").write_text("\n".join([GRADES, *rows]))
+    (tmp_path/"images").symlink_to(GLAS/"images")
+    findings, files = verify(tmp_path)
+    assert len(files) == 165 and not len(findings)
 
 
 # ---- fold files
@@ -414,6 +590,20 @@ def test_folders_without_fold_files(tmp_path):
 
 
 # ---- interrupted
+
+@pytest.mark.parametrize("lines", [0, 3000], ids=["short", "more than a pipe holds"])
+def test_a_reader_that_has_enough(tmp_path, lines):
+    "`kdnb_data ... | head` says nothing on stderr."
+    for i in range(lines): (tmp_path/f"a_picture_that_has_quite_a_long_name_{i}.png").write_bytes(b"")
+    picture(tmp_path/A)
+    code = f"from kdnb import archive\ninput()\narchive.main(['verify', {str(tmp_path)!r}, '--all'])"
+    p = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+    p.stdout.close()
+    p.stdin.write("\n"), p.stdin.close()
+    said = p.stderr.read()
+    assert p.wait(20) == 141 and not any(word in said for word in ("Errno", "Broken pipe", "Traceback", "ignored"))
+
 
 def test_interrupted_by_the_user(tmp_path):
     for i in range(40): picture(tmp_path/f"SOB_M_DC-14-2523-400-{i:03d}.png", i)
