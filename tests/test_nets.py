@@ -1,30 +1,20 @@
-"Building, cutting, aligning and keeping networks."
+"Building, starting, counting and keeping networks."
 import copy
 import json
 import os
-import random
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 from kdnb import nets
+from kdnb.blocks import cut
 from kdnb.core import BadInput
-from kdnb.nets import Blocks, align, build, card_of, cost, cut, freeze, load_net, normalise, read_card, save_net, timm
+from kdnb.nets import build, card_of, cost, freeze, load_net, normalise, read_card, save_net, timm
 
-FAMILIES = {
-    "resnet18": "ResNet", "resnet50": "ResNet", "resnet10t": "ResNet", "resnext50_32x4d": "ResNet",
-    "wide_resnet50_2": "ResNet", "seresnet18": "ResNet", "test_resnet": "ResNet", "regnetx_002": "RegNet",
-    "regnety_002": "RegNet", "regnetz_005": "RegNet", "densenet121": "DenseNet", "vgg11": "VGG", "vgg11_bn": "VGG",
-    "kdnb_mobilenetv1_025": "EfficientNet", "kdnb_mobilenetv1_075": "EfficientNet", "mobilenetv1_100h": "EfficientNet",
-    "kdnb_mobilenetv2_035": "EfficientNet", "efficientnet_b0": "EfficientNet", "mobilenetv3_small_050": "MobileNetV3",
-    "lcnet_050": "MobileNetV3", "mobilenetv4_conv_small": "MobileNetV3", "convnext_atto": "ConvNeXt",
-    "convnextv2_atto": "ConvNeXt", "kdnb_squeezenet1_0": "SqueezeNet",
-}
 SMALL = ["test_resnet", "regnetx_002", "kdnb_mobilenetv1_025", "kdnb_mobilenetv2_035", "mobilenetv3_small_050",
          "test_convnext", "kdnb_squeezenet1_0"]
 WEIGHTS = Path(os.environ.get("KDNB_WEIGHTS", Path(__file__).resolve().parents[2]/"shared"/"data"/"weights"))
@@ -39,12 +29,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def made(name):
-    "A net of a family, made small where the family's own nets are too big for a quick test."
-    small = {"vgg11": {"mlp_ratio": 1 / 64}, "vgg11_bn": {"mlp_ratio": 1 / 64}, "wide_resnet50_2": {"layers": (1, 1, 1, 2)}}
-    return timm.create_model(name, num_classes=3, **small[name]) if name in small else build(name, 3, seed=0)
-
-
 def images(n=2, size=64, seed=0):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -54,107 +38,11 @@ def state_equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-# cutting
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_blocks_compose_to_the_net_bit_for_bit(name):
-    net, x = made(name), images()
-    assert type(net).__name__ == FAMILIES[name]
-    twin = copy.deepcopy(net)
-    blocks = cut(twin)
-    torch.manual_seed(3)
-    z = net(x)
-    torch.manual_seed(3)
-    assert torch.equal(blocks(x), z) and state_equal(net, twin), "training mode"
-    net.eval()
-    twin.eval()
-    with torch.no_grad():
-        z, outputs = net(x), blocks.outputs(x.clone())
-        assert torch.equal(blocks(x), z) and torch.equal(outputs[-1], z), "evaluation mode"
-        assert torch.equal(blocks[2:](blocks[:2](x)), z)
-        for i, part in enumerate(blocks):  # an in-place layer behind a boundary would change what is kept there
-            kept = outputs[i - 1].clone() if i else x.clone()
-            part(outputs[i - 1] if i else x)
-            assert torch.equal(kept, outputs[i - 1] if i else x)
-    assert {id(p) for p in blocks.parameters()} == {id(p) for p in twin.parameters()}
-    assert blocks.strides[-1] == 0 and blocks.strides[:-1] == sorted(set(blocks.strides[:-1]))
-    assert blocks.ins == [3, *blocks.widths[:-1]] and blocks.widths[-1] == 3
-    assert [o.shape[1] for o in outputs] == blocks.widths and len(set(blocks.names)) == len(blocks)
-
-
-@pytest.mark.parametrize(("name", "strides"), [("resnet18", [2, 4, 8, 16, 32]), ("densenet121", [2, 4, 8, 16, 32]),
-                                               ("vgg11_bn", [2, 4, 8, 16, 32]), ("convnext_atto", [4, 8, 16, 32]),
-                                               ("kdnb_squeezenet1_0", [2, 4, 8, 16])])
-def test_strides(name, strides):
-    assert cut(made(name)).strides[:-1] == strides
-
-
-def test_cut_leaves_no_trace():
-    net = build("test_resnet", 2, seed=0)
-    net.layer1.eval()
-    before, modes = copy.deepcopy(net), [m.training for m in net.modules()]
-    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    cut(net)
-    assert state_equal(net, before) and modes == [m.training for m in net.modules()]
-    assert torch.equal(torch_state, torch.get_rng_state()) and python_state == random.getstate()
-    assert (numpy_state == np.random.get_state()[1]).all()
-    assert all(p.grad is None for p in net.parameters())
-
-
 def test_squeezenet_does_not_clip_its_logits():
     net = build("kdnb_squeezenet1_0", 2, seed=0).eval()
     with torch.no_grad(): net.classifier[1].bias.fill_(-1e3)
     assert (net(images()) < 0).all()
     assert net.state_dict().keys() == nets.SqueezeNet("1_0", 2).state_dict().keys()
-
-
-def test_modes_follow_the_net():
-    net = build("kdnb_squeezenet1_0", 2)
-    assert cut(net).training and not cut(net.eval()).training and not cut(net)[:2].training
-    dropping = timm.create_model("test_resnet", num_classes=2, drop_rate=0.5)
-    blocks, x = cut(dropping), images(8)
-    dropping.eval()
-    assert torch.equal(blocks(x), dropping(x))
-    blocks.train()
-    assert not torch.equal(blocks[-1](blocks[:-1](x)), blocks[-1](blocks[:-1](x)))
-
-
-def test_other_types_and_layouts():
-    net = build("test_resnet", 2, seed=0).double().to(memory_format=torch.channels_last).eval()
-    x = images().double().to(memory_format=torch.channels_last)
-    assert torch.equal(cut(net)(x), net(x))
-
-
-def test_what_a_family_does_not_tell_is_refused():
-    class Louder(nets.ResNet):
-        def forward(self, x): return 2 * super().forward(x)
-
-    with pytest.raises(BadInput, match="its family's steps do not tell"):
-        cut(Louder(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=2))
-    with pytest.raises(BadInput, match="Linear cannot be cut.*ResNet, RegNet, DenseNet, VGG"):
-        cut(nn.Linear(3, 2))
-
-
-# aligning
-
-@pytest.mark.parametrize("host", SMALL)
-@pytest.mark.parametrize("student", SMALL)
-def test_every_pair_aligns(host, student):
-    a, b = align(build(host, 2, seed=0).eval(), build(student, 2, seed=1).eval())
-    assert len(a) == len(b) >= 4 and a.strides == b.strides and a.ins[0] == b.ins[0] == 3
-    x = images(1)
-    with torch.no_grad():
-        for net, blocks in ((host, a), (student, b)):
-            assert torch.equal(blocks(x), build(net, 2, seed=int(blocks is b)).eval()(x))
-
-
-def test_align_takes_blocks_and_refuses():
-    net = build("test_resnet", 2)
-    a, b = align(cut(net), net)
-    assert a.names == b.names and a[0][0] is net.conv1
-    odd = timm.create_model("test_convnext", patch_size=7, num_classes=2)
-    with pytest.raises(BadInput, match=r"\[7, 14, 28, 56\] and \[2, 4, 8, 16, 32\]"): align(odd, net)
-    with pytest.raises(BadInput, match="host has 5 classes, the student 2"): align(build("test_resnet", 5), net)
 
 
 def test_freeze():
@@ -283,6 +171,19 @@ def test_normalise():
         with pytest.raises(BadInput, match="uint8"): normalise(wrong, net.card)
 
 
+def test_a_plain_vit_takes_any_size_that_its_patches_divide(tmp_path):
+    net = build("vit_tiny_patch16_224", 2, seed=0).eval()
+    assert net.card["kwargs"] == {"dynamic_img_size": True} and build("test_resnet", 2).card["kwargs"] == {}
+    native = timm.create_model("vit_tiny_patch16_224", num_classes=2).eval()
+    native.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert net(images(1, 48)).shape == net(images(1, 64)).shape == (1, 2)
+        assert torch.equal(native(images(1, 224)), net(images(1, 224)))
+    again = load_net(save_net(net, tmp_path/"vit.safetensors"))
+    assert again.card == net.card and torch.equal(again(images()), net(images()))
+    assert cost(net, 64)["macs"] > 16 * net.blocks[0].mlp.fc1.weight.numel() * 24
+
+
 # cost
 
 def test_cost():
@@ -333,11 +234,3 @@ def test_save_refuses_a_card_that_does_not_remake_the_net(tmp_path):
     odd = timm.create_model("test_convnext", patch_size=7, num_classes=2)
     with pytest.raises(BadInput, match="not those of its card"): save_net(odd, tmp_path/"odd.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-def test_blocks_are_a_module():
-    blocks = cut(build("test_resnet", 2, seed=0).eval())
-    assert isinstance(blocks[1:3], Blocks) and len(blocks[:0]) == 0 and torch.equal(blocks[:0](images()), images())
-    assert [b is c for b, c in zip(blocks, blocks[:], strict=True)] == [True] * len(blocks)
-    twin = copy.deepcopy(blocks)
-    assert torch.equal(twin(images()), blocks(images())) and twin[0] is not blocks[0]
