@@ -41,8 +41,8 @@ def parse_name(
     match = _NAME.fullmatch(Path(name).name.upper())
     if not match: raise BadInput(f"{str(name)!r} is no BreakHis name; one looks like 'SOB_B_A-14-22549AB-100-027.png'")
     subtype, yy, number, letters, mag, seq = match.groups()
-    return {"cls": SUBTYPES[subtype][0], "subtype": subtype, "year": 2000 + int(yy), "slide": f"{subtype}-{yy}-{number}{letters}",
-            "accession": number, "mag": f"{mag}X", "seq": int(seq)}
+    return {"cls": SUBTYPES[subtype][0], "subtype": subtype, "year": 2000 + int(yy),
+            "slide": f"{subtype}-{yy}-{number}{letters}", "accession": number, "mag": f"{mag}X", "seq": int(seq)}
 
 # %% ../nbs/10_data.ipynb #85322101
 def slides() -> pd.DataFrame:  # one row a slide id: class, subtype, year, accession, counts, sides of the five folds

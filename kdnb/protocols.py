@@ -291,7 +291,8 @@ def load_split(
     except (OSError, ValueError) as e: raise BadInput(f"{path}: cannot be read as a split ({e})") from None
     sides = content.get("sides") if isinstance(content, dict) else None
     if not isinstance(sides, dict): raise BadInput(f"{path} is no split: it has no `sides`")
-    if (unit := content.get("unit")) not in table: raise BadInput(f"{path} gives sides to {unit!r}, which the table lacks")
+    unit = content.get("unit")
+    if unit not in table: raise BadInput(f"{path} gives sides to {unit!r}, which the table lacks")
     if content.get("digest") != digest(sorted(map(tuple, sides.items()))):
         raise BadInput(f"{path} was changed after it was written: its digest does not fit its sides")
     strange = sorted(set(table[unit]) - set(sides))

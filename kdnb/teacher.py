@@ -9,6 +9,7 @@ __all__ = ['HOST_SCORE', 'FUSION_SCORE', 'PRETRAINED_RATE', 'PATIENCE', 'TIE', '
 
 # %% ../nbs/40_teacher.ipynb #fcfd41a1
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ import pandas as pd
 import torch.nn.functional as F
 from torch import Tensor, nn, tensor
 
+from .blocks import Averaged, cut
 from .core import PRESETS, BadInput, Preset, cache_home, code_digest, data_home, digest, user_path, write_whole
 from .data import ImageStore, class_index, class_names, data_digest, has_breakhis, random_symmetry
 from .metrics import auroc, score
-from .nets import build, cut, load_net, normalise, plan_of, save_net
+from .nets import build, load_net, normalise, plan_of, save_net
 from .phantom import phantom_home, write_phantom
 from .protocols import open_split, split_digest
 from .stain import Normaliser, fit_normaliser
@@ -90,6 +92,9 @@ def find_data(
 ) -> Path:  # folder or CSV
     "What `auto` stands for: BreakHis under `data_home()` if it is there, else the phantom."
     if data != "auto": return user_path(data)
+    if os.environ.get("KDNB_DATA") and not has_breakhis(data_home()):
+        raise BadInput(f"KDNB_DATA={os.environ['KDNB_DATA']!r} holds no BreakHis images; correct it, unset it for the "
+                       "phantom, or pass data=FOLDER or data=labels.csv")
     return data_home() if has_breakhis(data_home()) else write_phantom(phantom_home(mags=(mag,)), mags=(mag,))
 
 
@@ -133,7 +138,7 @@ class Teacher:
         device: str = "cpu",  # device to compute on
     ) -> np.ndarray:  # features (N, D)
         "What the last block before the head says, averaged over the image."
-        body = nn.Sequential(*list(cut(self.net))[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        body = nn.Sequential(*list(cut(self.net))[:-1], Averaged())
         return predict(body, pixels, lambda x: normalise(x, self.net.card), device=device).numpy()
 
 # %% ../nbs/40_teacher.ipynb #5ac071db

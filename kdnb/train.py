@@ -109,7 +109,7 @@ class Loop:
     ):
         self.net, self.checkpoint = net, checkpoint or Checkpoint(None, "")
         self.trained = [p for p in net.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.trained, lr=lr, weight_decay=decay, foreach=True)
+        self.optimiser = torch.optim.AdamW(self.trained, lr=lr, weight_decay=decay, fused=True)
         self.step, self.history, self.best, self.best_score, self.waited = 0, [], None, -math.inf, 0
 
     def keep(self):
