@@ -8,9 +8,24 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from kdnb.core import BadInput, MAGS
-from kdnb.data import (DOUBLES, ImageStore, breakhis_table, decode, find_images, glas_table, has_breakhis, image_path,
-                       load_table, parse_name, read_store, read_table, scan, settle_double, slides)
+from kdnb.core import MAGS, BadInput
+from kdnb.data import (
+    DOUBLES,
+    ImageStore,
+    breakhis_table,
+    decode,
+    find_images,
+    glas_table,
+    has_breakhis,
+    image_path,
+    load_table,
+    parse_name,
+    read_store,
+    read_table,
+    scan,
+    settle_double,
+    slides,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RNG = np.random.default_rng(0)

@@ -8,9 +8,29 @@ import pytest
 
 from kdnb.core import BadInput
 from kdnb.data import LARGE, TASKS, slides
-from kdnb.protocols import (EVA, FOLDS, PROTOCOLS, SHOTS, VALID, catalogue, check_split, choose_validation, cover, deal,
-                            draw_shots, leakage, load_split, open_split, protocol_digest, save_split, shot_choice,
-                            shot_facts, slide_sides, split_digest, split_images)
+from kdnb.protocols import (
+    EVA,
+    FOLDS,
+    PROTOCOLS,
+    SHOTS,
+    VALID,
+    catalogue,
+    check_split,
+    choose_validation,
+    cover,
+    deal,
+    draw_shots,
+    leakage,
+    load_split,
+    open_split,
+    protocol_digest,
+    save_split,
+    shot_choice,
+    shot_facts,
+    slide_sides,
+    split_digest,
+    split_images,
+)
 
 TRIALS = [(p.name, task, f) for p in PROTOCOLS.values() for task, n in zip(TASKS, p.folds, strict=True) for f in range(n)]
 IMPOSSIBLE = [("official5-repaired", "subtype", 3)]  # both accessions of adenosis are tested: none would train
