@@ -21,7 +21,7 @@ run: $(READY) ## distil: images to a recorded result, in minutes (ARGS="-p mag 1
 
 test: check ## all checks and tests
 	@$(LESSONS) $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re '^(_|\.|run_)' --skip_folder_re '^(_|\.|bench$$|paper$$)'
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	@$(LESSONS) $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(READY) ## the quick part: lint, export fresh, notebooks clean, imports one way
 	@$(BIN)/ruff check -q .
