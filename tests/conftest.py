@@ -30,3 +30,13 @@ def house(tmp_path, monkeypatch):
     "A home that only this test uses."
     monkeypatch.setenv("KDNB_HOME", str(tmp_path/"home"))
     return tmp_path/"home"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "For tests that compare bits: the number of threads is fixed."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

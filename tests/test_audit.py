@@ -108,12 +108,17 @@ def test_index_of_glas(glas, capsys):
     assert "GlaS" in lines[0] and lines[-1] == "4 images, 3 patients, 2 benign, 2 malignant"
 
 
-@there(GLAS)
-def test_index_of_all_glas(tmp_path):
+def all_of_glas(csv):
+    "The real set as it is unpacked: its grades in `csv`, its pictures in `images` beside it."
     table = pd.read_csv(GLAS/"labels.csv", dtype=str)
     rows = [f"{Path(r.image).stem},{r.patient}, {r.label}, {r.grade}" for r in table.itertuples()]
-    (tmp_path/"grade.CSV").write_text("\n".join([GRADES, *rows]))
-    (tmp_path/"images").symlink_to(GLAS/"images")
+    csv.write_text("\n".join([GRADES, *rows]))
+    (csv.parent/"images").symlink_to(GLAS/"images")
+
+
+@there(GLAS)
+def test_index_of_all_glas(tmp_path):
+    all_of_glas(tmp_path/"grade.CSV")
     assert index(tmp_path)[-1] == "165 images, 16 patients, 74 benign, 91 malignant"
 
 
@@ -533,10 +538,7 @@ def test_glas_knows_neither_folds_nor_magnifications(glas, option):
 
 @there(GLAS)
 def test_all_of_glas_is_right(tmp_path):
-    table = pd.read_csv(GLAS/"labels.csv", dtype=str)
-    rows = [f"{Path(r.image).stem},{r.patient}, {r.label}, {r.grade}" for r in table.itertuples()]
-    (tmp_path/"Grade.csv").write_text("\n".join([GRADES, *rows]))
-    (tmp_path/"images").symlink_to(GLAS/"images")
+    all_of_glas(tmp_path/"Grade.csv")
     findings, files = verify(tmp_path)
     assert len(files) == 165 and not len(findings)
 

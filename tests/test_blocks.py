@@ -31,14 +31,7 @@ STRIDES = {"ConvNeXt": [4, 8, 16, 32], "SqueezeNet": [2, 4, 8, 16], "VisionTrans
 LESS = {"vgg11": {"mlp_ratio": 1 / 64}, "vgg16": {"mlp_ratio": 1 / 64}, "vgg11_bn": {"mlp_ratio": 1 / 64},
         "wide_resnet50_2": {"layers": (1, 1, 1, 2)}, "resnext50_32x4d": {"layers": (1, 2, 1, 2)}}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Bits are compared: the number of threads is fixed."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # bits are compared
 
 
 def made(name, classes=3, **kwargs):

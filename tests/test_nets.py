@@ -19,14 +19,7 @@ SMALL = ["test_resnet", "regnetx_002", "kdnb_mobilenetv1_025", "kdnb_mobilenetv2
          "test_convnext", "kdnb_squeezenet1_0"]
 WEIGHTS = Path(os.environ.get("KDNB_WEIGHTS", Path(__file__).resolve().parents[2]/"shared"/"data"/"weights"))
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Bits are compared: the number of threads is fixed."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # bits are compared
 
 
 def images(n=2, size=64, seed=0):
