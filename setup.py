@@ -37,7 +37,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=find_packages(include=["kdnb", "kdnb.*"]), include_package_data=False,
     python_requires=">=" + cfg["min_python"], install_requires=words("requirements"),
-    extras_require={"lab": words("lab_requirements"), "dev": words("dev_requirements")},
+    extras_require={extra: words(f"{extra}_requirements") for extra in ("lab", "grid", "dev")},
     entry_points={"console_scripts": words("console_scripts"), "nbdev": ["kdnb=kdnb._modidx:d"]},
     classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Science/Research",
                  "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Image Recognition"],

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAU', 'soften', 'positive', 'same_shape', 'soft_kl', 'check_targets', 'hard_ce', 'kd_loss', 'logit_direction',
-           'block_mse']
+           'block_mse', 'attention', 'attention_gap', 'distances', 'distance_gap', 'angles', 'angle_gap',
+           'decoupled_kl', 'gap_weights']
 
 # %% ../nbs/21_losses.ipynb #ed8c86c9
 import math
@@ -114,3 +115,84 @@ def block_mse(
     "Mean squared gap between the outputs of two blocks."
     same_shape(f_s, f_t, "student and host features")
     return F.mse_loss(f_s, f_t)
+
+# %% ../nbs/21_losses.ipynb #8ba824a4
+def attention(
+    f: Tensor,  # feature maps (B, D, H, W) or tokens (B, T, D)
+) -> Tensor:  # one row an image, of unit length  (B, places)
+    "Where in the image a block is active."
+    energy = f.square().mean(1 if f.ndim == 4 else -1)
+    return F.normalize(energy.flatten(1), dim=-1)
+
+
+def attention_gap(
+    f_s: Tensor,  # student block's output  (B, d, H, W) or (B, T, d)
+    f_t: Tensor,  # host block's output, of any width  (B, D, H, W) or (B, T, D)
+) -> Tensor:  # scalar, mean over B and places
+    "Squared gap between the attention of two blocks, as in the authors' code."
+    a_s, a_t = attention(f_s), attention(f_t)
+    same_shape(a_s, a_t, "student and host attention")
+    return F.mse_loss(a_s, a_t)
+
+# %% ../nbs/21_losses.ipynb #4e3be624
+def distances(
+    e: Tensor,  # embeddings  (B, d)
+) -> Tensor:  # distances of all pairs in units of their mean  (B, B)
+    "How far images are from each other."
+    d = torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist")
+    return d/(d.sum()/max(1, d.numel() - len(d))).clamp(min=1e-12)
+
+
+def distance_gap(
+    e_s: Tensor,  # student embeddings  (B, d)
+    e_t: Tensor,  # host embeddings, of any width  (B, D)
+) -> Tensor:  # scalar, mean over pairs
+    "Huber's gap between the relative distances of two embeddings."
+    return F.smooth_l1_loss(distances(e_s), distances(e_t))
+
+
+def angles(
+    e: Tensor,  # embeddings  (B, d)
+) -> Tensor:  # cosines of the angles of all triples, the first index at the corner  (B, B, B)  [-1,1]
+    "At which angles images see each other."
+    rays = F.normalize(e[None] - e[:, None], dim=-1)
+    return rays @ rays.mT
+
+
+def angle_gap(
+    e_s: Tensor,  # student embeddings  (B, d)
+    e_t: Tensor,  # host embeddings, of any width  (B, D)
+) -> Tensor:  # scalar, mean over triples
+    "Huber's gap between the angles of two embeddings."
+    return F.smooth_l1_loss(angles(e_s), angles(e_t))
+
+# %% ../nbs/21_losses.ipynb #72a33af1
+def decoupled_kl(
+    z_s: Tensor,  # student logits  (B, C)
+    q: Tensor,  # target probabilities softened at `tau`  (B, C)  [0,1]
+    y: Tensor | None = None,  # favourites  (B,); `None` for the target's  H
+    tau: float = TAU,  # softmax temperature  [unitless, >0]  R CA-MKD
+    alpha: float = 1.,  # weight of the favourite  R Zhao 2022
+    beta: float = 8.,  # weight of the rest  R Zhao 2022
+    weight: Tensor | float = 1.,  # of each image  (B,)
+) -> Tensor:  # scalar, mean over B  [nats]
+    "Divergence from soft targets, its two parts weighed apart."
+    same_shape(z_s, q, "student logits and targets")
+    z, top = z_s/positive("tau", tau), F.one_hot(q.argmax(-1) if y is None else y, q.shape[-1]).bool()
+    z_rest, q_rest = (v[~top].view(len(v), -1) for v in (z, q))
+    left = q_rest.sum(-1, keepdim=True)
+    kl = lambda logits, p: F.kl_div(F.log_softmax(logits, dim=-1), p, reduction="none").sum(-1)
+    favourite = kl(torch.stack([z[top], z_rest.logsumexp(-1)], -1), torch.stack([q[top], left[:, 0]], -1))
+    rest = kl(z_rest, q_rest/left.clamp(min=torch.finfo(q.dtype).tiny))
+    return tau**2*((alpha*favourite + beta*rest)*weight).mean()
+
+# %% ../nbs/21_losses.ipynb #6ec6d1c5
+@torch.no_grad()
+def gap_weights(
+    e_s: Tensor,  # student embeddings, at the host's width  (B, D)
+    e_t: Tensor,  # host embeddings  (B, D)
+) -> Tensor:  # weight of each image, 1 on average  (B,)
+    "How far student and host are apart on each image, against the batch."
+    same_shape(e_s, e_t, "student and host embeddings")
+    gap = (F.normalize(e_s, dim=-1) - F.normalize(e_t, dim=-1)).norm(dim=-1)
+    return gap/gap.mean() if gap.sum() > 0 else torch.ones_like(gap)

@@ -48,7 +48,7 @@ import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.models import SqueezeNet
 
-# %% ../nbs/20_nets.ipynb #fd56db4f
+# %% ../nbs/20_nets.ipynb #78b76d79
 HALF = (0.5, 0.5, 0.5)  # pixels scaled to [-1, 1]  R Howard 2017
 SAME = {"pad_type": "same", "bn_eps": 1e-3}  # padding and epsilon the published MobileNet weights expect  R Howard 2017
 
@@ -56,10 +56,15 @@ SAME = {"pad_type": "same", "bn_eps": 1e-3}  # padding and epsilon the published
 def mobilenetv1(
     num_classes: int,  # classes C
     width: float,  # multiplier of every width  [unitless, >0]
+    layers: tuple = (1, 2, 2, 6, 2),  # layers of each stage; those published unless told  R Howard 2017
 ) -> nn.Module:  # timm's EfficientNet class, which holds the MobileNets
-    "MobileNetV1 of any width, which timm builds but has no name for."
-    from timm.models.efficientnet import _gen_mobilenet_v1
-    return _gen_mobilenet_v1("mobilenetv1_100", width, num_classes=num_classes, **SAME)
+    "MobileNetV1 of any width and depth, which timm builds but has no name for."
+    from timm.models._efficientnet_builder import decode_arch_def, round_channels
+    rows = [[f"dsa_r{n}_k3_s{1 if i == 0 else 2}_c{64*2**i}"] for i, n in enumerate(layers)]
+    return timm.models.EfficientNet(
+        decode_arch_def(rows), num_classes=num_classes, stem_size=32, num_features=0, act_layer=nn.ReLU6,
+        pad_type=SAME["pad_type"], norm_layer=partial(nn.BatchNorm2d, eps=SAME["bn_eps"]),
+        round_chs_fn=partial(round_channels, multiplier=width))
 
 
 def squeezenet1_0(
@@ -70,10 +75,12 @@ def squeezenet1_0(
     net.classifier[2] = nn.Identity()
     return net
 
-
+# %% ../nbs/20_nets.ipynb #8c55195b
 OURS = {
     "kdnb_mobilenetv1_025": dict(make=partial(mobilenetv1, width=0.25), timm=None, kwargs={}, mean=HALF, std=HALF),
     "kdnb_mobilenetv1_075": dict(make=partial(mobilenetv1, width=0.75), timm=None, kwargs={}, mean=HALF, std=HALF),
+    "kdnb_mobilenetv1_075_short": dict(make=partial(mobilenetv1, width=0.75, layers=(1, 2, 2, 2, 2)), timm=None,
+                                       kwargs={}, mean=HALF, std=HALF),
     "kdnb_mobilenetv2_035": dict(make=None, timm="mobilenetv2_035", kwargs=SAME, mean=HALF, std=HALF),
     "kdnb_densenet_small": dict(make=None, timm="densenet121", kwargs=dict(growth_rate=16, block_config=(3, 4, 6, 4)),
                                 mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),

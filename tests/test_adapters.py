@@ -11,8 +11,9 @@ from kdnb import adapters as ad
 from kdnb.adapters import Tape, adapter, mapped, merge_back, merge_into, plain_boundaries, readers, ridge, ways
 from kdnb.blocks import align, cut
 from kdnb.core import BadInput
-from kdnb.grafting import Graft, Spliced, load_student, merge, save_student
+from kdnb.grafting import Graft, merge
 from kdnb.nets import build, cost, evaluating, timm
+from kdnb.students import Spliced, load_student, save_student
 
 SMALL = {"vgg11_bn": {"mlp_ratio": 1/64},
          "resnext50_32x4d": {"channels": (16, 32, 64, 128)}}

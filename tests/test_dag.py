@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))}
-LIGHT = ["core", "metrics", "results", "run"]
-ONLY = {"core": set(), "results": {"core"}, "run": {"core", "results"}}
+LIGHT = ["core", "metrics", "evidence", "results", "reported", "run", "grids"]
+ONLY = {"core": set(), "results": {"core"}, "run": {"core", "results"},
+        "grids": {"core", "results", "run"}, "reported": {"core", "results"}}
 HEAVY = ("torch", "torchvision", "timm", "papermill", "nbdev", "fastcore", "nbformat")
 
 

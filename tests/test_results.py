@@ -2,19 +2,36 @@
 import errno
 import json
 import math
+import shutil
+import subprocess
+import time
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from kdnb.core import BadInput
+from kdnb import results
+from kdnb.core import BadInput, resolve_preset
+from kdnb.metrics import score_rows
 from kdnb.results import (
     COLUMNS,
+    FIRST,
     KEYS,
+    LATER,
+    Meter,
+    barred,
+    by_method,
+    load_predictions,
     load_record,
     load_records,
     load_rows,
+    modified,
     new_record,
+    plain,
+    prediction_table,
+    preset_said,
     provenance,
     record_rows,
     save_record,
@@ -29,6 +46,13 @@ def record(seed=0, **fields):
     return new_record("run_toy.ipynb", **dict(
         parameters=asked, resolved=asked, protocol="patients", source="own", data="d", split="s", code="c",
         commit="1" * 40, dirty=False, device="cpu", seconds=1.5, rows=[score("graft", .8), score("hard", .7)]) | fields)
+
+
+def predictions(classes=("benign", "malignant"), seed=0, methods=("graft", "hard"), n=12):
+    rng, y = np.random.default_rng(seed), np.arange(n) % len(classes)
+    made = [prediction_table(y, rng.dirichlet(np.ones(len(classes)), n), [f"p{i//3}" for i in range(n)],
+                             [f"{i}.png" for i in range(n)], classes, m) for m in methods]
+    return pd.concat(made, ignore_index=True)
 
 
 def spoil(tmp_path, **changes):
@@ -67,10 +91,13 @@ def test_a_missing_key_is_named(tmp_path, key):
 
 
 @pytest.mark.parametrize("changes, reason", [
-    ({"schema": 0}, "schema 0, but this kdnb reads schema 1"), ({"schema": 2}, "schema 2"), ({"schema": "1"}, "'1'"),
+    ({"schema": 0}, "schema 0, but this kdnb reads schema 1 and 2"), ({"schema": 3}, "schema 3"), ({"schema": "1"}, "'1'"),
+    ({"schema": True}, "schema True"), ({"schema": None}, "schema None"),
     ({"run": "../x"}, "cannot be the name of a file"), ({"source": "camelyon"}, "accepted are breakhis"),
-    ({"synthetic": True}, "contradict"), ({"rows": {}}, "not a list"), ({"rows": [3]}, "row 0 lacks method"),
+    ({"synthetic": True}, "contradict"), ({"rows": {}}, "not a list"), ({"rows": [3]}, "a row is 3"),
     ({"rows": [{"method": "graft", "split": "test", "level": "image", "metric": "auroc", "value": 1}]}, "lacks n"),
+    ({"rows": [dict.fromkeys(["method", "split", "level", "metric", "value", "n", "accurracy"])]}, "unknown column 'accurracy'"),
+    ({"data": "other"}, "it was edited"), ({"resolved": {"mag": "400X"}}, "it was edited"), ({"run": "0123456789"}, "edited"),
 ])
 def test_what_is_wrong_is_said(tmp_path, changes, reason):
     path = spoil(tmp_path, **changes)
@@ -123,14 +150,22 @@ def test_the_name_of_a_run_is_its_identity():
 
 
 def test_provenance_names_torch_without_importing_it():
-    assert {"versions", "platform", "commit", "dirty", "code"} == provenance().keys()
+    assert {"versions", "platform", "processor", "commit", "dirty", "modified", "code"} == provenance().keys()
     assert provenance()["versions"]["torch"]
 
 
 def test_rows_are_filled_in_from_the_record():
-    frame = record_rows(record(resolved={"mag": "400X", "preset": {"name": "paper"}}))
+    frame = record_rows(record(resolved={"mag": "400X", "preset": asdict(resolve_preset("paper")), "student": "resnet18"}))
     assert list(frame.columns) == COLUMNS
     assert set(frame.mag) == {"400X"} and set(frame.preset) == {"paper"} and set(frame.k) == {10}
+    assert set(frame.student) == {"resnet18"} and frame.low.isna().all() and set(frame.label) == {""}
+
+
+def test_what_a_record_says_twice_is_taken_from_where_it_is_one_word():
+    "`shots` is a text among the parameters, and a dict of facts in the record; a recipe is told by its digest."
+    said = record_rows(record(shots={"how": "random", "images": 20}, resolved={"shots": "random", "recipe": {"lr": .1}}))
+    assert set(said.shots) == {"random"} and said.recipe.str.fullmatch("[0-9a-f]{6}").all()
+    score_table(said)
 
 
 def test_a_row_that_says_it_itself_is_believed():
@@ -138,7 +173,7 @@ def test_a_row_that_says_it_itself_is_believed():
     assert set(record_rows(record(rows=rows)).mag) == {"200X"}
 
 
-@pytest.mark.parametrize("column", ["source", "protocol", "task", "preset", "mag", "k"])
+@pytest.mark.parametrize("column", ["source", "protocol", "task", "preset", "mag", "k", "fusion", "student", "temperature"])
 def test_different_questions_are_not_averaged(column):
     a = record_rows(record())
     b = a.assign(run="other", **{column: "another"})
@@ -164,13 +199,24 @@ def test_one_metric_at_two_levels_stays_two_columns():
 
 def test_a_missing_score_is_a_dash():
     rows = record()["rows"]
-    table = score_table(record_rows(record(rows=[*rows, rows[0] | {"metric": "mcc", "value": .4}])))
+    table = score_table(record_rows(record(rows=[*rows, rows[0] | {"metric": "mcc", "value": .4}])), metrics=None)
     assert table.mcc.tolist() == ["0.400", "–"]
 
 
 def test_columns_and_sides_that_are_not_there():
     with pytest.raises(BadInput, match="valid.*no rows"): score_table(record_rows(record()), split="valid")
     with pytest.raises(BadInput, match="lack the columns.*metric"): score_table(record_rows(record()).drop(columns="metric"))
+    with pytest.raises(BadInput, match="by='magg'.*'mag'"): score_table(record_rows(record()), by=("magg",))
+
+
+def test_which_scores_are_shown():
+    rows = record()["rows"]
+    rows += [r | {"metric": m, "value": .4} for r in rows for m in ("mcc", "brier")]
+    rows += [r | {"metric": "sensitivity", "label": "benign"} for r in rows[:2]]
+    frame = record_rows(record(rows=rows))
+    scores = lambda **k: [c for c in score_table(frame, **k) if c not in ("images", "runs")]
+    assert scores() == ["auroc"] and scores(metrics=None) == ["auroc", "mcc", "brier"] and scores(metrics=("mcc",)) == ["mcc"]
+    assert list(score_table(frame[frame.metric == "brier"])) == ["brier", "images", "runs"]
 
 
 def test_tables_keep_sources_apart_and_repeat_byte_for_byte(tmp_path):
@@ -186,3 +232,192 @@ def test_tables_keep_sources_apart_and_repeat_byte_for_byte(tmp_path):
 def test_no_records_no_tables(tmp_path, capsys):
     assert write_tables(tmp_path) == []
     assert "0 runs recorded" in capsys.readouterr().out
+
+
+def test_fusions_stay_apart_in_the_tables(tmp_path):
+    for fusion in ("mean", "accuracy"): save_record(record(resolved={"mag": "40X", "k": 5, "fusion": fusion}), tmp_path)
+    table = pd.read_csv(write_tables(tmp_path)[0])
+    assert table.fusion.tolist() == ["accuracy"]*2 + ["mean"]*2 and set(table.runs) == {1}
+
+
+# ---- the layout
+
+def test_a_record_says_everything_and_one_row_a_line(tmp_path):
+    text = save_record(record(), tmp_path).read_text()
+    assert set(json.loads(text)) == set(KEYS)
+    assert len([line for line in text.splitlines() if '"metric"' in line]) == 2
+    assert json.loads(text) == json.loads(json.dumps(plain(record() | {"created": json.loads(text)["created"]})))
+
+
+def test_schema_1_is_brought_up(tmp_path):
+    old = {k: v for k, v in record().items() if k in FIRST} | {"schema": 1, "shots": {"images": 20}}
+    path = tmp_path/"runs"/f"{old['run']}.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(old))
+    new = load_record(path)
+    assert (new["schema"], new["migrated_from"], new["energy"], new["shots"]) == (2, 1, None, {"images": 20})
+    assert new["rows"] == old["rows"] and set(LATER) <= new.keys() and len(load_rows(tmp_path)) == 2
+    assert load_record(save_record(new, tmp_path)) == new
+    path.write_text(json.dumps({k: v for k, v in old.items() if k != "protocol"}))
+    with pytest.raises(BadInput, match="missing: protocol"): load_record(path)
+
+
+def test_what_numpy_and_paths_say_gives_the_same_name(tmp_path):
+    asked = {"k": np.int64(5), "gamma": np.float64(.5), "weights": Path("a/b"), "sizes": (1, 2)}
+    assert load_record(save_record(record(resolved=asked), tmp_path))["resolved"]["weights"] == "a/b"
+
+
+def test_what_was_modified_is_named(tmp_path, monkeypatch):
+    "A checkout of its own: only the package and the notebook that ran count."
+    git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True,
+                                    capture_output=True)
+    for name in ("kdnb/core.py", "kdnb/losses.py", "nbs/run_a.ipynb", "nbs/run_b.ipynb", "README.md"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text("1")
+    git("init"), git("add", "."), git("commit", "-m", "one")
+    monkeypatch.setattr(results, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(results, "travels", lambda notebook: notebook)
+    for name in ("README.md", "nbs/run_b.ipynb"): (tmp_path/name).write_text("2")
+    assert modified("run_a.ipynb") == [] and modified("run_b.ipynb") == ["nbs/run_b.ipynb"]
+    (tmp_path/"kdnb/losses.py").write_text("2"), (tmp_path/"kdnb/new.py").write_text("1")
+    assert modified("run_a.ipynb") == ["kdnb/losses.py", "kdnb/new.py"]
+    shutil.rmtree(tmp_path/".git")
+    assert modified("run_a.ipynb") is None
+
+
+# ---- presets
+
+def test_a_preset_is_itself_only_as_a_whole():
+    whole = asdict(resolve_preset("paper"))
+    assert preset_said(whole) == preset_said(plain(whole)) == "paper" and preset_said("paper") == "paper"
+    assert preset_said(whole | {"graft_steps": 12}) == "paper,graft_steps=12"
+    assert preset_said(whole | {"teachers": ["a", "b"]}) == "paper,teachers=a+b"
+    assert preset_said({k: v for k, v in whole.items() if k != "lr"}) == "paper,lr=?"
+    assert preset_said(whole | {"new": 1}) == "paper,new=1" and preset_said({"name": "mine", "lr": 1}) == "mine,lr=1"
+
+
+@pytest.mark.parametrize("fields, preset, why", [
+    ({}, "paper", ""), ({"source": "synthetic"}, "paper", "images are synthetic"),
+    ({"dirty": True, "modified": ["kdnb/x.py"]}, "paper", "kdnb/x.py"), ({"dirty": None}, "paper", ""),
+    ({}, "paper,batch=2", "preset is paper,batch=2, not paper"), ({}, "laptop", "preset is laptop"),
+])
+def test_who_may_enter_the_papers_tables(fields, preset, why):
+    asked = {"preset": asdict(resolve_preset(preset))}
+    said = barred(record(**{"source": "breakhis", "resolved": asked, **fields}))
+    assert bool(said) == bool(why) and why in "".join(said)
+    assert barred(record(source="glas", resolved=asked), source="glas", preset=None) == []
+
+
+# ---- predictions
+
+def test_scores_come_back_from_predictions_to_the_last_digit(tmp_path):
+    for classes in (("benign", "malignant"), ("a", "b", "c")):
+        made = predictions(classes)
+        rows = [r for y, p, who, said in by_method(made) for r in score_rows(y, p, who, draws=20, **said)]
+        path = save_record(record(rows=rows, data="".join(classes)), tmp_path, made)
+        back = load_record(path)
+        frame = load_predictions(back, tmp_path)
+        again = [r for y, p, who, said in by_method(frame) for r in score_rows(y, p, who, draws=20, **said)]
+        assert plain(again) == back["rows"] and (frame == made).all(axis=None)
+        assert back["predictions"]["rows"] == 24 and back["predictions"]["classes"] == list(classes)
+
+
+def test_predictions_of_a_run_replace_their_own_only(tmp_path):
+    save_record(record(1), tmp_path, predictions(seed=1))
+    save_record(record(), tmp_path, predictions(seed=2))
+    save_record(record(), tmp_path, predictions(seed=3))
+    assert len(list((tmp_path/"predictions").iterdir())) == 2
+    kept = {r["run"]: load_predictions(r, tmp_path) for r in load_records(tmp_path)}
+    assert kept[record()["run"]].equals(load_predictions(load_record(tmp_path/"latest.json"), tmp_path))
+    save_record(record(), tmp_path)
+    assert len(list((tmp_path/"predictions").iterdir())) == 1
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda f: f.drop(columns="patient"), "missing: patient"), (lambda f: f.assign(fold=1), "'fold' is unknown"),
+    (lambda f: f.drop(columns="p_benign"), "fewer than two"), (lambda f: f[:0], "no rows"),
+    (lambda f: pd.concat([f, f[:1]]), "'0.png' stands twice under 'graft'"),
+    (lambda f: f.assign(p_benign=np.nan), "'p_benign' has holes"), (lambda f: f.assign(label="normal"), "no column p_normal"),
+])
+def test_predictions_that_are_refused(tmp_path, change, says):
+    with pytest.raises(BadInput, match=says): save_record(record(), tmp_path, change(predictions()))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_predictions_that_do_not_fit():
+    with pytest.raises(BadInput, match="one column a class"): prediction_table([0], [[.5, .5]], ["a"], ["b"], "abc", "m")
+    with pytest.raises(BadInput, match="'images': 2"): prediction_table([0], [[.5, .5]], ["a"], ["b", "c"], "ab", "m")
+
+
+def test_predictions_that_are_not_there(tmp_path):
+    bare = load_record(save_record(record(), tmp_path))
+    with pytest.raises(BadInput, match=f"run {bare['run']} kept no predictions"): load_predictions(bare, tmp_path)
+    full = load_record(save_record(record(), tmp_path, predictions()))
+    path = tmp_path/full["predictions"]["path"]
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(BadInput, match="not the predictions that run"): load_predictions(full, tmp_path)
+    path.unlink()
+    with pytest.raises(BadInput, match="are not there"): load_predictions(full, tmp_path)
+
+
+def test_without_pyarrow_the_record_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="recorded without them.*pip install pyarrow"):
+        path = save_record(record(), tmp_path, predictions())
+    bare = load_record(path)
+    assert bare["predictions"] is None and not (tmp_path/"predictions").exists()
+    with pytest.raises(BadInput, match="pip install pyarrow"): load_predictions(bare | {"predictions": {"path": "x"}}, tmp_path)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_disk_that_fills_between_the_files_loses_nothing(tmp_path, monkeypatch, fails_at):
+    "Predictions, record, latest: whichever cannot be written, the last whole run can be read with its own predictions."
+    path = save_record(record(), tmp_path, predictions())
+    write, calls = Path.write_bytes, []
+
+    def full(self, content):
+        calls.append(self)
+        if len(calls) < fails_at: return write(self, content)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"): save_record(record(device="cuda"), tmp_path, predictions(seed=1))
+    there = load_record(path)
+    assert there["device"] == ("cpu" if fails_at < 3 else "cuda") and len(load_predictions(there, tmp_path)) == 24
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+# ---- what it cost
+
+def counters(folder, **packages):
+    for i, (name, (joules, ceiling)) in enumerate(packages.items()):
+        zone = folder/f"intel-rapl:{i}"
+        zone.mkdir(parents=True, exist_ok=True)
+        for file, text in (("name", name.replace("_", "-")), ("energy_uj", joules*10**6), ("max_energy_range_uj", ceiling*10**6)):
+            (zone/file).write_text(f"{text}\n")
+
+
+def test_energy_is_summed_over_packages_and_overflows(tmp_path):
+    counters(tmp_path, package_0=(10, 100), package_1=(95, 100), psys=(0, 100))
+    meter = Meter(tmp_path)
+    counters(tmp_path, package_0=(30, 100), package_1=(5, 100), psys=(90, 100))
+    assert meter.read()["energy"] == {"joules": 30., "of": ["package-0", "package-1"]}
+    counters(tmp_path, package_0=(31, 100), package_1=(5, 100))
+    assert meter.read()["energy"]["joules"] == 31
+
+
+def test_energy_is_read_while_the_run_goes_on(tmp_path):
+    counters(tmp_path, package_0=(0, 100))
+    meter = Meter(tmp_path, every=.01)
+    for joules in (60, 20):  # an overflow that two readings alone would not show
+        counters(tmp_path, package_0=(joules, 100))
+        until = time.monotonic() + 5
+        while meter.last["package-0"] != str(joules*10**6) and time.monotonic() < until: time.sleep(.01)
+    assert meter.read()["energy"]["joules"] == 120
+    meter.over.set()
+
+
+def test_where_energy_is_not_told(tmp_path):
+    assert Meter(tmp_path/"nowhere").read()["energy"] is None
+    counters(tmp_path, package_0=(1, 100))
+    (tmp_path/"intel-rapl:0"/"energy_uj").unlink()
+    assert Meter(tmp_path).read()["energy"] is None and Meter(tmp_path).read()["seconds"] >= 0

@@ -1,14 +1,13 @@
-"Parameters are checked whoever runs the notebook, grids go on past a failure, and errors are one message."
+"Parameters are checked whoever runs the notebook, and errors are one message."
 import os
 import subprocess
-import sys
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from kdnb.core import BadInput
-from kdnb.run import check_call, check_parameters, execute, literal, load_grid, main, parameters_of, run_grid, take_home
+from kdnb.run import RunFailed, check_call, check_parameters, code_cells, execute, literal, parameters_of, take_home
 
 CELL = 'mag: str = "400X"  # magnification\nk: int = 10  # shots\ntau: float = 4.  # temperature\nquick: bool = False  # -'
 CHECK = "from kdnb.run import check_parameters\np = check_parameters(globals(), k=[5, 10])"
@@ -27,10 +26,10 @@ def namespace(**injected):
     return there | injected
 
 
-def toy(path, *more, tags=("parameters",)):
+def toy(path, *more, tags=("parameters",), check=CHECK):
     first = new_code_cell(CELL, metadata={"tags": list(tags)})
     spec = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(new_notebook(cells=[first, *map(new_code_cell, (CHECK, *more))], metadata=spec), path)
+    nbformat.write(new_notebook(cells=[first, *map(new_code_cell, (check, *more))], metadata=spec), path)
     return path
 
 
@@ -103,6 +102,7 @@ def test_unknown_names_and_types_stop_it_before_it_starts(tmp_path):
 
 def test_notebooks_that_cannot_be_run(tmp_path, root):
     with pytest.raises(BadInput, match="0 cells are tagged"): execute(toy(tmp_path/"a.ipynb", tags=()), tmp_path/"o.ipynb")
+    assert code_cells(toy(tmp_path/"a.ipynb")) == [CELL, CHECK]
     (tmp_path/"b.ipynb").write_text("{")
     with pytest.raises(BadInput, match="not a notebook"): parameters_of(tmp_path/"b.ipynb")
     with pytest.raises(BadInput, match="does not exist"): execute(tmp_path/"c.ipynb", tmp_path/"o.ipynb")
@@ -124,18 +124,17 @@ def test_kdnb_run_says_where_everything_is(tmp_path, house):
     assert "cell/s" in done.stderr and "TCP" not in done.stderr
 
 
-@pytest.mark.parametrize("runner", ["kdnb_run", "papermill"])
-def test_a_refused_value_is_a_non_zero_exit(tmp_path, runner):
+def test_a_refused_value_is_a_non_zero_exit(tmp_path):
     toy(tmp_path/"run_toy.ipynb", "raise SystemError('never reached')")
-    done = command(runner, "run_toy.ipynb", "out.ipynb", "-p", "k", "7", cwd=tmp_path)
-    assert done.returncode != 0 and "k=7 is not accepted; accepted are 5, 10" in done.stderr
-    if runner == "kdnb_run": assert "Traceback" not in done.stderr
+    done = command("kdnb_run", "run_toy.ipynb", "out.ipynb", "-p", "k", "7", cwd=tmp_path)
+    assert done.returncode == 1 and "k=7 is not accepted; accepted are 5, 10" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_papermill_itself_does_not_pass_a_misspelt_name(tmp_path):
-    toy(tmp_path/"run_toy.ipynb")
-    done = command(sys.executable, "-m", "papermill", "run_toy.ipynb", "out.ipynb", "-p", "magg", "40X", cwd=tmp_path)
-    assert done.returncode != 0 and "Did you mean 'mag'?" in done.stderr
+    toy(tmp_path/"run_toy.ipynb", "raise SystemError('never reached')")
+    done = command("papermill", "run_toy.ipynb", "out.ipynb", "-p", "magg", "40X", "-p", "k", "7", cwd=tmp_path)
+    assert done.returncode != 0 and "Did you mean 'mag'?" in done.stderr and "accepted are 5, 10" in done.stderr
 
 
 def test_a_lost_tag_is_noticed(tmp_path):
@@ -146,72 +145,22 @@ def test_a_lost_tag_is_noticed(tmp_path):
 
 
 def test_a_fault_of_ours_points_to_its_traceback(tmp_path):
-    toy(tmp_path/"run_toy.ipynb", "1 / 0")
-    done = command("kdnb_run", "run_toy.ipynb", cwd=tmp_path)
-    assert done.returncode == 1 and "ZeroDivisionError: division by zero" in done.stderr
-    assert f"The traceback is in {tmp_path/'out.ipynb'}" in done.stderr and "Traceback" not in done.stderr
+    toy(tmp_path/"run_toy.ipynb", "1 / 0", check="")
+    with pytest.raises(RunFailed) as e: execute(tmp_path/"run_toy.ipynb", tmp_path/"out.ipynb", show=False)
+    assert "ZeroDivisionError: division by zero" in str(e.value) and "Traceback" not in str(e.value)
+    assert f"The traceback is in {tmp_path/'out.ipynb'}" in str(e.value)
 
 
 def test_a_kernel_that_dies_is_told(tmp_path):
-    toy(tmp_path/"run_toy.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    done = command("kdnb_run", "run_toy.ipynb", cwd=tmp_path)
-    assert done.returncode == 1 and "the kernel died" in done.stderr and "Traceback" not in done.stderr
+    toy(tmp_path/"run_toy.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", check="")
+    with pytest.raises(RunFailed, match="the kernel died"):
+        execute(tmp_path/"run_toy.ipynb", tmp_path/"out.ipynb", show=False)
 
 
 def test_values_are_read_as_papermill_reads_them():
     from papermill.cli import _resolve_type
     for text in ("400X", "400", "-3", "4e-3", "1.", "True", "False", "None", "true", "none", "", "a,b", "nan", "1_000"):
         assert repr(literal(text)) == repr(_resolve_type(text))
-
-
-# ---- grids
-
-def grid(tmp_path, text):
-    toy(tmp_path/"run_toy.ipynb", RECORD)
-    (tmp_path/"grid.toml").write_text(text)
-    return tmp_path/"grid.toml"
-
-
-@pytest.mark.parametrize("text, message", [
-    ("notebook = ", "cannot be read as TOML"), ("[axes]\nk = [5]", "`notebook` is missing"),
-    ('notebook = "run_toi.ipynb"', "does not exist"), ('notebook = "run_toy.ipynb"\nfix = 3', "Did you mean"),
-    ('notebook = "run_toy.ipynb"\n[axes]\nk = 5', "axis k must be a list"),
-    ('notebook = "run_toy.ipynb"\n[axes]\nk = []', "axis k must be a list"),
-    ('notebook = "run_toy.ipynb"\n[axes]\nk = [5]\n[fixed]\nk = 5', "both fixed and an axis"),
-    ('notebook = "run_toy.ipynb"\n[axes]\nk = [5]\n[fixed]\nmagg = "40X"', "Did you mean 'mag'"),
-    ('notebook = "run_toy.ipynb"\n[axes]\nk = [5, "ten"]', "accepted is int"),
-    ('notebook = "run_toy.ipynb"\n[[grid]]\nnotebook = "run_toy.ipynb"', "only be `home`"),
-])
-def test_a_wrong_grid_starts_nothing(tmp_path, house, text, message):
-    with pytest.raises(BadInput, match=message): run_grid(grid(tmp_path, text))
-    assert not house.exists()
-
-
-def test_points_are_the_product_of_the_axes(tmp_path):
-    text = 'notebook = "run_toy.ipynb"\n[axes]\nk = [5, 10]\nmag = ["40X", "100X", "400X"]\n[fixed]\ntau = 2.0'
-    points, home = load_grid(grid(tmp_path, text))
-    assert len(points) == 6 and home is None
-    assert points[0][1] == dict(tau=2., k=5, mag="40X")
-    twice = "".join(f'[[grid]]\nnotebook = "run_toy.ipynb"\n[grid.axes]\nk = [{k}]\n' for k in (5, 10))
-    assert len(load_grid(grid(tmp_path, twice))[0]) == 2
-
-
-def test_a_grid_goes_on_past_a_failure(tmp_path, house):
-    text = 'notebook = "run_toy.ipynb"\nhome = "trial"\n[axes]\nk = [7, 5]'
-    done = command("kdnb_run", grid(tmp_path, text), "--out", "executed", cwd=tmp_path)
-    assert done.returncode == 1 and "1 points failed" in done.stderr and "k=7 is not accepted" in done.stderr
-    assert len(list((tmp_path/"executed").glob("*.ipynb"))) == 2
-    assert len(list((house/"trial"/"results"/"runs").glob("*.json"))) == 1 and not (house/"results").exists()
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["x.ipynb", "--out", "d"], "--out is for grids"), (["g.toml", "o.ipynb"], "it takes --out"),
-    (["g.toml", "-p", "k", "5"], "it takes --out"), (["g.toml"], "cannot be read"), (["no.ipynb"], "does not exist"),
-])
-def test_commands_that_make_no_sense(argv, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as e: main(argv)
-    assert str(e.value.code).startswith("kdnb_run: ") and message in e.value.code
 
 
 # ---- notebooks to take home
