@@ -459,14 +459,15 @@ def close_gap(
     i: int,  # number of the block that is to read the one before it
     ground: Ground,  # the frozen side of the lesson
 ) -> None:
-    "Put the adapters between two student blocks into the later block; if that cannot be, into one 1x1 layer."
+    "Put the adapters between two student blocks into the later block, or into one 1x1 layer, or drop them."
     graft.closed.add(i)
     into, block, _ = graft.parts[i].eval()
     out = graft.parts[i - 1].eval()[2]
     if (c := channel_map(out, into)) is None: return
-    y = graft.parts[i - 1][:2](ground.before(i - 1, slice(0, 16)))
     graft.parts[i][0], graft.parts[i - 1][2] = nn.Identity(), nn.Identity()
-    if ground.lesson.options["gaps"] == "drop" or merge_into(block, c, y): return
+    if ground.lesson.options["gaps"] == "drop": return
+    y = graft.parts[i - 1][:2](ground.before(i - 1, slice(0, 16)))
+    if merge_into(block, c, y): return
     single = nn.Conv2d(len(c), len(c), 1, bias=False) if y.ndim == 4 else nn.Linear(len(c), len(c), bias=False)
     single.weight.copy_(c.view_as(single.weight))
     graft.parts[i - 1][2] = single.to(y)

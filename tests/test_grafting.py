@@ -12,7 +12,9 @@ from kdnb.distillers import find_method
 from kdnb.frozen import Budget
 from kdnb.grafting import Graft, Lesson, checkpoint, graft_student, merge, plan, prepare, set_batchnorm
 from kdnb.losses import soft_kl, soften
+from kdnb.methods import read_methods
 from kdnb.nets import build, freeze, normalise
+from kdnb.students import load_student, save_student
 from kdnb.train import Fit, generator, step_rows
 
 
@@ -131,3 +133,116 @@ def test_methods_keep_their_checkpoints_apart(tmp_path):
     lesson = replace(lesson_of(), folder=tmp_path)
     for method in ("graft", "graft_head"): find_method(method)(lesson)
     assert len({p.parent for p in tmp_path.rglob("*.pt")}) == 2 and checkpoint(lesson, "stage 1 block 1").load()
+
+
+@pytest.mark.parametrize("options", [
+    dict(hints=1.), dict(order="head", hints=1., adapters="ridge", polish=.5), dict(order="head", adapters="ridge", gaps="drop"),
+    dict(gaps="drop", adapter_rate=0., adapters="ridge"), dict(batchnorm="recounted", chain_batchnorm="estimated"),
+    dict(stage1_share=1.), dict(stage1_share=0., polish=1.), dict(schedule="constant", adapter_rate=10., stage2_rate=.4)])
+def test_every_option_ends_in_a_plain_student(options):
+    lesson = lesson_of(steps=36, **options)
+    taught = graft_student(lesson)
+    fresh = build("test_resnet", 2)
+    fresh.load_state_dict(taught.net.state_dict())
+    assert taught.splices == 0 and taught.splice_cost == {"params": 0, "macs": 0}
+    assert torch.isfinite(taught.net(lesson.inputs(slice(0, 4)))).all() and taught.history.step.max() > 0
+
+
+def test_adapters_that_only_translate_are_not_trained():
+    lesson = lesson_of(order="head", adapters="ridge", gaps="drop", adapter_rate=0., stage1_share=1.)
+    graft = Graft(lesson.host, lesson.fresh())
+    ground = prepare(graft, lesson)
+    grafting.ridge_adapters(graft, ground)
+    before = {k: v.clone() for k, v in graft.state_dict().items()}
+    grafting.train_span(graft, 1, 1, ground, 5, "stage 1 block 2")
+    moved = {k for k, v in graft.state_dict().items() if not torch.equal(v, before[k]) and "num_batches" not in k}
+    assert moved and all(k.startswith("parts.1.1.") for k in moved)
+
+
+def test_hints_pull_the_inside_of_a_chain_towards_the_host():
+    def error(hints):
+        lesson = lesson_of(steps=120, stage1_share=0., polish=1., adapters="ridge", hints=hints, chain_batchnorm="recounted")
+        graft = Graft(lesson.host, lesson.fresh())
+        ground = prepare(graft, lesson)
+        grafting.ridge_adapters(graft, ground)
+        grafting.train_span(graft, 0, len(graft) - 1, ground, 1, "stage 2 warm")
+        grafting.begin_chain(graft, 0, len(graft) - 1, ground)
+        grafting.train_span(graft, 0, len(graft) - 1, ground, 120, "stage 2 all")
+        y, wanted = graft.span(0, 1)(lesson.inputs()), ground.before(2, slice(None))
+        return ((y - wanted).norm()/wanted.norm()).item()
+
+    assert error(10.) < error(0.)
+
+
+def test_a_partial_graft_keeps_the_hosts_other_blocks(tmp_path):
+    lesson = lesson_of(positions="2,3", adapters="ridge")
+    before = copy.deepcopy(lesson.host.state_dict())
+    taught = graft_student(lesson)
+    graft = Graft(lesson.host, lesson.fresh(), positions="2,3")
+    assert graft.positions == [2, 3] and [f[1:3] for f in plan(graft.positions, 40)] == [(2, 2), (3, 3), (2, 3)]
+    x = lesson.inputs(slice(0, 4))
+    whole = nn.Sequential(*taught.net.blocks)
+    assert torch.equal(whole(x), taught.net(x)) and taught.splices == len(taught.net.extra()) > 0
+    assert torch.allclose(taught.net.blocks[0](x), graft.host[0](x), atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in lesson.host.state_dict().items())
+    again = load_student(save_student(taught.net, tmp_path/"partial.safetensors"))
+    assert torch.equal(again(x), taught.net(x)) and again.card["partial"]["positions"] == [2, 3]
+    assert taught.splice_cost["params"] == sum(m.weight.numel() for m in taught.net.extra())
+
+
+def test_an_empty_name_and_a_foreign_name_of_a_block():
+    names = Graft(lesson_of().host, lesson_of().fresh()).host.names
+    assert grafting.chosen_positions("", names) == list(range(len(names)))
+    assert grafting.chosen_positions(f"{names[-1]}, 0", names) == [0, len(names) - 1]
+    with pytest.raises(BadInput, match="positions='layer9'"): grafting.chosen_positions("layer9", names)
+
+
+def test_counted_again_is_the_plain_average():
+    torch.manual_seed(0)
+    span, x = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())), torch.randn(70, 3, 8, 8)
+    grafting.recount(span, lambda rows: x[rows], len(x))
+    norm, y = span[0][1], span[0][0](x)
+    assert torch.allclose(norm.running_mean, y.mean((0, 2, 3)), atol=1e-6) and norm.momentum == .1
+    halves = [y[:35].var((0, 2, 3)), y[35:].var((0, 2, 3))]
+    assert torch.allclose(norm.running_var, sum(halves)/2, rtol=1e-5)
+
+
+def test_frozen_batchnorms_are_never_counted():
+    host = freeze(nn.Sequential(nn.BatchNorm2d(3)))
+    span = nn.Sequential(host, nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    set_batchnorm(span, "estimated", lambda rows: torch.randn(70, 3, 4, 4)[rows], 70)
+    assert torch.equal(host[0].running_mean, torch.zeros(3)) and not host[0].training and not span[1][1].training
+
+
+def test_the_direction_of_logits_is_warned_of_at_two_classes():
+    with pytest.warns(UserWarning, match="two classes"): graft_student(lesson_of(loss="direction"))
+
+
+def test_netgraft_takes_its_settings_from_the_release(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("kdnb.distillers.graft_student", lambda lesson: seen.update(lr=lesson.lr, **lesson.options))
+    find_method("netgraft")(lesson_of())
+    assert seen["lr"] == pytest.approx(2.5e-4*8/64) and seen["adapter_rate"] == 10 and seen["schedule"] == "constant"
+    assert seen["lr"]*64/8*seen["stage2_rate"] == pytest.approx(1e-4)
+
+
+def test_an_inherited_student_starts_from_its_host():
+    lesson = replace(lesson_of(), make=lambda start: build("resnet10t", 2, seed=5), start="inherited")
+    assert torch.equal(lesson.fresh().eval()(lesson.inputs()), lesson.host(lesson.inputs()))
+    assert not torch.equal(lesson.fresh("random").eval()(lesson.inputs()), lesson.host(lesson.inputs()))
+    with pytest.raises(BadInput, match="start='borrowed'"): lesson.fresh("borrowed")
+
+
+def test_methods_with_options_are_read_and_refused():
+    read = read_methods("kd; graft_translated: polish=0.3 order=input")
+    assert read["kd"] == ("kd", {})
+    name, options = read["graft_translated: polish=0.3 order=input"]
+    assert (name, options["polish"], options["order"], options["gaps"]) == ("graft", .3, "input", "drop")
+    for text, said in (("kd: polish=1", "can be changed of"), ("graft: polsh=1", "Did you mean 'polish'"),
+                       ("graft: polish=x", "no number"), ("grafd", "Did you mean 'graft'")):
+        with pytest.raises(BadInput, match=said): read_methods(text)
+
+
+def test_a_nan_names_block_step_and_rate():
+    lesson = lesson_of(lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"stage 1 block \d.* at step \d+, learning rate"): graft_student(lesson)
