@@ -361,8 +361,8 @@ def plan(
     kept = round((steps - first)*polish)
     spread, chains = steps - first - kept, len(at) - 1
     if steps < 1 or 0 < first < len(at) or 0 < spread < chains:
-        raise BadInput(f"{steps} steps are too few for {len(at)} blocks in two stages ({first} in stage 1, {spread} for "
-                       f"{chains} chains); every fit needs one, at least {2*len(at)} in all")
+        raise BadInput(f"{steps} steps are too few for {len(at)} blocks in two stages ({first} in stage 1, {spread} "
+                       f"for {chains} chains); every fit needs one, at least {2*len(at)} in all")
     fits = [(f"stage 1 block {i + 1}", i, i, n) for i, n in zip(at, shared_out(first, len(at)), strict=True)]
     ends = [(at[0], i) for i in at[1:]] if order == "input" else [(i, at[-1]) for i in at[-2::-1]]
     shares = shared_out(spread, chains)
