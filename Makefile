@@ -5,7 +5,7 @@ READY := .venv/.ready
 # two lesson notebooks run side by side: one thread each, or they fight
 LESSONS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help run test check bench tables lab clean
+.PHONY: help run test check bench tables reports lab clean
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' Makefile
 
@@ -32,8 +32,12 @@ bench: $(READY) ## run every benchmark notebook
 	  $(BIN)/papermill --cwd nbs/bench $$nb results/executed/bench-$$(basename $$nb); done
 	@$(if $(wildcard nbs/bench/*.ipynb),,echo "nbs/bench holds no notebooks yet")
 
-tables: $(READY) ## rebuild results/tables from the run records
-	@$(BIN)/python -c 'from kdnb.results import write_tables; print(*write_tables(), sep="\n")'
+tables: $(READY) ## rebuild results/tables and the block of the README from the run records
+	@$(BIN)/python -c 'from kdnb.reports import write_all; print(*write_all(readme="README.md"), sep="\n")'
+
+reports: tables ## the same, and show it in the notebooks of nbs/paper
+	@set -e; for nb in nbs/paper/table*.ipynb nbs/paper/figure*.ipynb; do \
+	  $(BIN)/jupyter execute --inplace $$nb; $(BIN)/nbdev_clean --fname $$nb; done
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs

@@ -501,6 +501,7 @@ def write_tables(
     for key in sorted(groups, key=natural):
         said = [v.removeprefix("run_").removesuffix(".ipynb") for v in key if v is not None]
         rows = pd.concat(groups[key])
+        if "test" not in set(rows.split): continue  # costs, which have a table of their own
         table = score_table(rows, by=("mag", "k", *(c for c in VARIANTS if rows[c].nunique(dropna=False) > 1)))
         title = f"# {TITLES[key[0]]}: {', '.join(said[1:])}\n\nTest side, mean ± sd over folds and seeds.\n\n"
         stem = folder/"tables"/re.sub(r"[^\w-]+", "_", "-".join(said))

@@ -10,9 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))}
-LIGHT = ["core", "metrics", "evidence", "results", "reported", "run", "grids"]
+LIGHT = ["core", "metrics", "evidence", "results", "reported", "reports", "card", "run", "grids"]
 ONLY = {"core": set(), "results": {"core"}, "run": {"core", "results"},
-        "grids": {"core", "results", "run"}, "reported": {"core", "results"}}
+        "grids": {"core", "results", "run"}, "reported": {"core", "results"},
+        "card": {"core", "metrics", "results", "reports"}}
 HEAVY = ("torch", "torchvision", "timm", "papermill", "nbdev", "fastcore", "nbformat")
 
 
