@@ -260,7 +260,7 @@ def recount(
         m.train().momentum = None  # a plain average over batches
     parts = -(-n//batch)  # of equal size but for one input, so that all count the same
     for i in range(parts if norms else 0):
-        x = inputs(slice(n*i//parts, n*(i + 1)//parts))
+        x = inputs(slice(i, n, parts))  # views of all images, so that no batch is of one class
         for part in span: x = part(x)
     for m, momentum, mode in norms: m.train(mode).momentum = momentum
 
