@@ -69,10 +69,11 @@ FAMILIES = ("inherits", "own weights")  # groups of a table: does the student ta
 def family(
     name: str,  # name of a method
     start: str = "random",  # start of the student in the lesson
+    options: dict | None = None,  # options of grafting; a partial graft keeps blocks of the host
 ) -> str:  # one of `FAMILIES`
     "The group of a table a method stands in."
-    f = find_method(name)
-    return FAMILIES[0 if f.inherits or (f.start or start) == "inherited" else 1]
+    f, partial = find_method(name), (options or {}).get("positions", "") != ""
+    return FAMILIES[0 if f.inherits or partial or (f.start or start) == "inherited" else 1]
 
 
 def catalogue(

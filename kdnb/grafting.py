@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'NETGRAFT', 'SHARES', 'STARTS_OF_STUDENTS', 'chosen_positions', 'Parts', 'Graft', 'settle_options',
-           'Materials', 'Lesson', 'checkpoint', 'Taught', 'Ground', 'prepare', 'batchnorms', 'recount', 'set_batchnorm',
-           'run_span', 'span_loss', 'train_span', 'plan', 'shared_out', 'draw_grafts', 'merge', 'vital_signs',
-           'close_gap', 'ridge_adapters', 'train_graft', 'begin_chain', 'graft_student', 'show_life']
+           'Materials', 'Lesson', 'contents', 'checkpoint', 'Taught', 'Ground', 'prepare', 'batchnorms', 'recount',
+           'set_batchnorm', 'run_span', 'span_loss', 'train_span', 'plan', 'shared_out', 'draw_grafts', 'merge',
+           'vital_signs', 'close_gap', 'ridge_adapters', 'train_graft', 'begin_chain', 'graft_student', 'show_life']
 
 # %% ../nbs/60_grafting.ipynb #799515c8
 import copy
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +20,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .adapters import (TOLERANCE, adapter, channel_map, merge_into, merge_maps, plain_boundaries, ridge_start,
-                           through)
+from .adapters import TOLERANCE, adapter, channel_map, merge_maps, plain_boundaries, ridge_start, through
 from .blocks import align, cut
-from .core import BadInput, digest, one_of
+from .core import BadInput, at_least, digest, one_of
 from .frozen import Budget, Kept, keep_all, laid_out, swift_blocks
 from .inherit import inherit
 from .losses import block_mse, check_targets, logit_direction, soft_kl
 from .nets import freeze, normalise
-from .students import Spliced, adapter_cost, partial_student
+from .students import Spliced, adapter_cost, fold_gap, partial_student
 from .train import Checkpoint, Fit, mixed_precision, step_rows
 
 # %% ../nbs/60_grafting.ipynb #af5a6a39
@@ -128,15 +129,18 @@ def settle_options(
     for name, value in options.items():
         default, top = OPTIONS[one_of("option", name, OPTIONS)], 1 if name in SHARES else float("inf")
         if isinstance(default, tuple): one_of(name, value, default)
-        elif isinstance(default, str): chosen_positions("", [str(value)])
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top:
+        elif isinstance(default, str):
+            if isinstance(value, bool) or not isinstance(value, int | str) or value and not str(value).strip(" ,"):
+                raise BadInput(f"{name}={value!r} is not accepted; names or numbers of blocks with commas are")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top \
+                or math.isinf(value):
             raise BadInput(f"{name}={value!r} is not accepted; a number from 0 {'to 1' if top == 1 else 'up'} is")
     return {k: v[0] if isinstance(v, tuple) else v for k, v in OPTIONS.items()} | options
 
 # %% ../nbs/60_grafting.ipynb #2a333c2b
 STARTS_OF_STUDENTS = ("random", "pretrained", "inherited")
 
-# %% ../nbs/60_grafting.ipynb #d6289d43
+# %% ../nbs/60_grafting.ipynb #6ceed1e8
 @dataclass
 class Materials:
     "What a lesson is made of."
@@ -158,11 +162,14 @@ class Materials:
 
     def __post_init__(self):
         check_targets(self.targets)
+        for name, least in (("steps", 1), ("batch", 1)): at_least(name, least)(getattr(self, name))
+        if not self.lr > 0: raise BadInput(f"lr={self.lr!r} is not accepted; accepted is a number above 0")
+        if len(self.views) < 2: raise BadInput(f"{len(self.views)} views cannot teach; two at least are needed")
         self.options = settle_options(self.options)
         if len(self.views) != len(self.targets):
             raise BadInput(f"{len(self.views)} views, but targets for {len(self.targets)}")
 
-# %% ../nbs/60_grafting.ipynb #5c6cbc04
+# %% ../nbs/60_grafting.ipynb #42404cce
 class Lesson(Materials):
     "What a student is taught from, the same for every method."
 
@@ -173,16 +180,29 @@ class Lesson(Materials):
         "A student before its lesson; one that inherits takes over what it can of the host's weights."
         start = one_of("start", start or self.start, STARTS_OF_STUDENTS)
         net = self.make("random" if start == "inherited" else start)
-        if start == "inherited": inherit(net, self.host, self.inputs(slice(0, 64)).cpu())
-        return net.to(next(self.host.parameters()).dtype)
+        of_host = next(self.host.parameters())
+        if start == "inherited": inherit(net, self.host, self.inputs(slice(0, 64)).to(of_host.device))
+        return net.to(of_host.dtype)
 
     def inputs(self, rows=slice(None)) -> Tensor:  # normalised views (B, 3, S, S) in the precision of the host
         "Some views as the host's normalisation makes them."
         x = normalise(self.views[rows].to(self.device), self.host.card)
         return x.to(next(self.host.parameters()).dtype)
 
-# %% ../nbs/60_grafting.ipynb #560525c9
+# %% ../nbs/60_grafting.ipynb #0f7eae69
 _IDENTITY = ("identity", "steps", "lr", "batch", "seed", "tau", "start", "options")  # what a fit depends on
+
+
+def contents(
+    lesson: Lesson,  # what is taught
+) -> str:  # digest, computed once a lesson
+    "What no name tells: the pixels of the views and the weights of the host."
+    if "contents" not in lesson.__dict__:
+        tensors = [lesson.views, *lesson.host.state_dict().values()]
+        raw = hashlib.sha256()
+        for t in tensors: raw.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        lesson.__dict__["contents"] = raw.hexdigest()
+    return lesson.__dict__["contents"]
 
 
 def checkpoint(
@@ -190,11 +210,11 @@ def checkpoint(
     name: str,  # name of a fit
 ) -> Checkpoint:
     "Where the fit of this name keeps its state."
-    made_by = [name, lesson.targets.tolist(), lesson.host.card, *(getattr(lesson, k) for k in _IDENTITY)]
+    made_by = [name, contents(lesson) if lesson.folder else "", lesson.targets.tolist(), lesson.host.card, *(getattr(lesson, k) for k in _IDENTITY)]
     path = lesson.folder and Path(lesson.folder)/f"{name.replace(' ', '-')}.pt"
     return Checkpoint(path, digest(made_by))
 
-
+# %% ../nbs/60_grafting.ipynb #7cebe1f3
 @dataclass
 class Taught:
     "A student after its lesson."
@@ -287,13 +307,11 @@ def run_span(
 ) -> tuple[Tensor, list[Tensor]]:  # what the last part gives, and what each hint says (B, D, H, W)
     "A span, with a look at what is inside."
     said = []
-    for i, part in enumerate(span):
-        if i in hints:
-            x = part[1](part[0](x))
-            said.append(hints[i](x))
-            x = part[2](x)
-        else: x = part(x)
-    return x, said
+    look = lambda hint: lambda block, args, out: said.append(hint(out))
+    hooks = [span[i][1].register_forward_hook(look(hint)) for i, hint in sorted(hints.items())]
+    try: return span(x), said
+    finally:
+        for h in hooks: h.remove()
 
 # %% ../nbs/60_grafting.ipynb #65311154
 def span_loss(
@@ -306,7 +324,7 @@ def span_loss(
     "What a step of a span minimises."
     lesson, last, n = ground.lesson, first + len(span) - 1, len(ground.lesson.views)
     suffix = ground.after(last)
-    power = {i: ground.before(first + i + 1, slice(0, 64)).square().mean() for i in hints}
+    power = {i: ground.before(first + i + 1, slice(0, 64)).square().mean().clamp(min=1e-12) for i in hints}
 
     def loss(i):
         rows = step_rows(n, lesson.batch, i, lesson.seed)
@@ -360,9 +378,10 @@ def plan(
     first = round(steps*share) if len(at) > 1 else steps
     kept = round((steps - first)*polish)
     spread, chains = steps - first - kept, len(at) - 1
-    if steps < 1 or 0 < first < len(at) or 0 < spread < chains:
-        raise BadInput(f"{steps} steps are too few for {len(at)} blocks in two stages ({first} in stage 1, {spread} "
-                       f"for {chains} chains); every fit needs one, at least {2*len(at)} in all")
+    one_of("order", order, OPTIONS["order"])
+    if not at or steps < 1 or (share and first < len(at)) or (share < 1 and polish < 1 and spread < chains):
+        raise BadInput(f"{steps} steps are too few: {first} for {len(at)} blocks alone and {spread} for {chains} "
+                       f"chains, with stage1_share={share} and polish={polish}; every fit needs one")
     fits = [(f"stage 1 block {i + 1}", i, i, n) for i, n in zip(at, shared_out(first, len(at)), strict=True)]
     ends = [(at[0], i) for i in at[1:]] if order == "input" else [(i, at[-1]) for i in at[-2::-1]]
     shares = shared_out(spread, chains)
@@ -433,6 +452,7 @@ def merge(
     if worst > 10*TOLERANCE: raise ArithmeticError(f"merging changed the logits by {worst:.2g} of the largest")
     if not splices: return student.eval(), 0
     spliced = Spliced(student, graft.student.steps, {i: len(c) for i, c in splices.items()})
+    spliced.splices.to(x)
     for i, c in splices.items(): spliced.splices[str(i)].weight.copy_(c.view(spliced.splices[str(i)].weight.shape))
     return spliced.to(x.device).eval(), len(splices)
 
@@ -461,16 +481,9 @@ def close_gap(
 ) -> None:
     "Put the adapters between two student blocks into the later block, or into one 1x1 layer, or drop them."
     graft.closed.add(i)
-    into, block, _ = graft.parts[i].eval()
-    out = graft.parts[i - 1].eval()[2]
-    if (c := channel_map(out, into)) is None: return
-    graft.parts[i][0], graft.parts[i - 1][2] = nn.Identity(), nn.Identity()
-    if ground.lesson.options["gaps"] == "drop": return
-    y = graft.parts[i - 1][:2](ground.before(i - 1, slice(0, 16)))
-    if merge_into(block, c, y): return
-    single = nn.Conv2d(len(c), len(c), 1, bias=False) if y.ndim == 4 else nn.Linear(len(c), len(c), bias=False)
-    single.weight.copy_(c.view_as(single.weight))
-    graft.parts[i - 1][2] = single.to(y)
+    before, after = graft.parts[i - 1].eval(), graft.parts[i].eval()
+    if ground.lesson.options["gaps"] == "drop": after[0], before[2] = nn.Identity(), nn.Identity()
+    else: fold_gap(before, after, before[:2](ground.before(i - 1, slice(0, 16))))
 
 # %% ../nbs/60_grafting.ipynb #90a0c491
 @torch.no_grad()

@@ -156,7 +156,7 @@ def test_losses_refuse_what_cannot_be_compared():
 
 # ---- methods
 
-STEPS, TRAINED = 14, sorted(set(METHODS) - {"scratch", "finetune"})
+STEPS, TRAINED = 26, sorted(set(METHODS) - {"scratch", "finetune"})
 
 
 @pytest.fixture(scope="module")
