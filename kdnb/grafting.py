@@ -380,8 +380,8 @@ def plan(
     spread, chains = steps - first - kept, len(at) - 1
     one_of("order", order, OPTIONS["order"])
     if not at or steps < 1 or (share and first < len(at)) or (share < 1 and polish < 1 and spread < chains):
-        raise BadInput(f"{steps} steps are too few: {first} for {len(at)} blocks alone and {spread} for {chains} "
-                       f"chains, with stage1_share={share} and polish={polish}; every fit needs one")
+        raise BadInput(f"{steps} steps are too few: {first} for {len(at)} blocks alone, {spread} for {chains} chains, "
+                       f"stage1_share={share}, polish={polish}; every fit needs one")
     fits = [(f"stage 1 block {i + 1}", i, i, n) for i, n in zip(at, shared_out(first, len(at)), strict=True)]
     ends = [(at[0], i) for i in at[1:]] if order == "input" else [(i, at[-1]) for i in at[-2::-1]]
     shares = shared_out(spread, chains)
