@@ -210,7 +210,8 @@ def checkpoint(
     name: str,  # name of a fit
 ) -> Checkpoint:
     "Where the fit of this name keeps its state."
-    made_by = [name, contents(lesson) if lesson.folder else "", lesson.targets.tolist(), lesson.host.card, *(getattr(lesson, k) for k in _IDENTITY)]
+    made_by = [name, contents(lesson) if lesson.folder else "", lesson.targets.tolist(), lesson.host.card,
+               *(getattr(lesson, k) for k in _IDENTITY)]
     path = lesson.folder and Path(lesson.folder)/f"{name.replace(' ', '-')}.pt"
     return Checkpoint(path, digest(made_by))
 
