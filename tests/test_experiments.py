@@ -241,7 +241,7 @@ def test_a_teacher_that_has_seen_test_patients_is_refused_on_other_images_too(ph
 
 def test_steps_are_shared_out_whole_or_refused():
     assert all(sum(n for *_, n in plan(5, steps)) == steps for steps in (10, 11, 99, 700))
-    with pytest.raises(BadInput, match="4 steps are too few for 5 blocks"): plan(5, 4)
+    with pytest.raises(BadInput, match="4 steps are too few: 2 for 5 blocks"): plan(5, 4)
 
 
 def test_a_fit_is_not_resumed_under_other_options(tmp_path):
