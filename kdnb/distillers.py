@@ -97,7 +97,7 @@ def study(
     net.to(lesson.device).train()
 
     def step(i):
-        parts = loss(step_rows(len(lesson.views), lesson.batch, i, lesson.seed))
+        parts = loss(step_rows(len(lesson.views), lesson.batch, i, lesson.seed, lesson.device))
         return parts if isinstance(parts, dict) else {"loss": parts}
 
     history = Fit(net, step, lesson.steps if steps is None else steps, lesson.lr, checkpoint=checkpoint(lesson, name),
@@ -140,7 +140,7 @@ def to_targets(
     lesson: Lesson,  # what is taught
 ) -> Callable[[Tensor, Tensor], Tensor]:  # loss of logits (B, C) at rows (B,)
     "The loss of the abstract: KL to the integrated soft targets at the lesson's temperature."
-    q = lesson.targets.to(lesson.device)
+    q = lesson.on_device("targets")
     return lambda z, rows: soft_kl(z.to(q.dtype), q[rows], lesson.tau)
 
 # %% ../nbs/70_distillers.ipynb #9e3d6a65
@@ -291,16 +291,18 @@ def distil(
     teachers: list[Teacher],  # frozen teachers with their cards
     pixels: Tensor,  # shots (N, 3, S, S) [uint8]; labels are not needed
     student: str = "resnet18",  # network name of the student
-    method: str = "graft",  # how it is taught; see `METHODS`
+    method: str = "graft_translated",  # how it is taught; see `METHODS`; what did best in nbs/paper/study.ipynb
     pretrained: bool = False,  # whether the student starts from ImageNet weights of the hub
     weights: str | Path | None = None,  # file or folder with pretrained weights of the student
+    start: str = "auto",  # one of `STARTS_OF_STUDENTS`; "auto": pretrained where it can, else inherited from the host
     steps: int = PRESETS["paper"].graft_steps,  # optimiser steps  H
     lr: float = PRESETS["paper"].lr,  # peak learning rate  H
     **more,  # further arguments of `make_lesson`
 ) -> Taught:
     "Several teachers and a handful of images into one small network."
-    classes, start = teachers[0].card["classes"], "pretrained" if pretrained or weights else "random"
-    make = starts(student, len(classes), pretrained, weights, more.get("seed", 0))
+    classes, seed = teachers[0].card["classes"], more.get("seed", 0)
+    if start == "auto": start = "pretrained" if pretrained or weights else "inherited"
+    make = starts(student, len(classes), pretrained, weights, seed)
     lesson, _ = make_lesson(teachers, pixels, make, steps=steps, lr=lr, start=start, **more)
     return find_method(method)(lesson)
 

@@ -6,14 +6,15 @@
 __all__ = ['OPTIONS', 'NETGRAFT', 'SHARES', 'STARTS_OF_STUDENTS', 'chosen_positions', 'Parts', 'Graft', 'settle_options',
            'Materials', 'Lesson', 'contents', 'checkpoint', 'Taught', 'Ground', 'prepare', 'batchnorms', 'recount',
            'set_batchnorm', 'run_span', 'span_loss', 'train_span', 'plan', 'shared_out', 'draw_grafts', 'merge',
-           'vital_signs', 'close_gap', 'ridge_adapters', 'train_graft', 'begin_chain', 'graft_student', 'show_life']
+           'vital_signs', 'close_gap', 'ridge_adapters', 'alone', 'train_graft', 'elsewhere', 'apart', 'begin_chain',
+           'graft_student', 'show_life']
 
 # %% ../nbs/60_grafting.ipynb #799515c8
 import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -159,12 +160,14 @@ class Materials:
     folder: Path | None = None  # where a killed method finds what it kept
     identity: str = ""  # digest of the run this lesson belongs to
     options: dict = field(default_factory=dict)  # what a single method takes besides
+    processes: int = 1  # for the blocks of stage 1, which may be trained side by side; on a CPU
 
     def __post_init__(self):
         check_targets(self.targets)
-        for name, least in (("steps", 1), ("batch", 1)): at_least(name, least)(getattr(self, name))
+        for name, least in (("steps", 1), ("batch", 1), ("processes", 1)): at_least(name, least)(getattr(self, name))
         if not self.lr > 0: raise BadInput(f"lr={self.lr!r} is not accepted; accepted is a number above 0")
         if len(self.views) < 2: raise BadInput(f"{len(self.views)} views cannot teach; two at least are needed")
+        if self.processes > 1 and self.device != "cpu": raise BadInput(f"processes={self.processes}: one to a GPU")
         self.options = settle_options(self.options)
         if len(self.views) != len(self.targets):
             raise BadInput(f"{len(self.views)} views, but targets for {len(self.targets)}")
@@ -186,8 +189,18 @@ class Lesson(Materials):
 
     def inputs(self, rows=slice(None)) -> Tensor:  # normalised views (B, 3, S, S) in the precision of the host
         "Some views as the host's normalisation makes them."
-        x = normalise(self.views[rows].to(self.device), self.host.card)
+        x = normalise(self.on_device("views")[rows], self.host.card)
         return x.to(next(self.host.parameters()).dtype)
+
+    def on_device(
+        self,
+        name: str,  # "views" or "targets"
+    ) -> Tensor:  # sent to the device once, so that no step has to
+        "What is taught from, where it is computed."
+        own, sent, key = getattr(self, name), self.__dict__, f"{name} on {self.device}"
+        if own.device.type == torch.device(self.device).type: return own
+        if key not in sent: sent[key] = own.to(self.device)
+        return sent[key]
 
 # %% ../nbs/60_grafting.ipynb #0f7eae69
 _IDENTITY = ("identity", "steps", "lr", "batch", "seed", "tau", "start", "options")  # what a fit depends on
@@ -241,8 +254,8 @@ class Ground:
 
     def gap(self, z: Tensor, rows) -> Tensor:  # of a hybrid's logits (B, C) from what is to be imitated
         if self.lesson.options["loss"] == "direction": return logit_direction(z, self.kept[-1][rows])
-        q = self.lesson.targets
-        return soft_kl(z.to(q.dtype), q[rows].to(z.device), self.lesson.tau)
+        q = self.lesson.on_device("targets")[rows]
+        return soft_kl(z.to(q.dtype), q, self.lesson.tau)
 
 # %% ../nbs/60_grafting.ipynb #b5856acf
 @torch.no_grad()
@@ -328,7 +341,7 @@ def span_loss(
     power = {i: ground.before(first + i + 1, slice(0, 64)).square().mean().clamp(min=1e-12) for i in hints}
 
     def loss(i):
-        rows = step_rows(n, lesson.batch, i, lesson.seed)
+        rows = step_rows(n, lesson.batch, i, lesson.seed, lesson.device)
         out, said = run_span(span, hints, ground.before(first, rows))
         if local: return {"loss": block_mse(out, ground.before(last + 1, rows))}
         gap = ground.gap(suffix(out), rows)
@@ -503,23 +516,68 @@ def ridge_adapters(
         if i == last: return
         ridge_start(out, torch.cat([block(into(ground.before(i, r))) for r in rows]), ground.kept[i][:])
 
-# %% ../nbs/60_grafting.ipynb #7db29ede
+# %% ../nbs/60_grafting.ipynb #80b5117b
+def alone(
+    graft: Graft,  # student blocks and their host
+    ground: Ground,  # the frozen side of the lesson
+    name: str,  # name of the fit
+    i: int,  # number of the block
+    steps: int,  # optimiser steps
+) -> tuple[list[pd.DataFrame], dict]:  # history of each fit, and a row of the graft's life
+    "Stage 1 of one block."
+    local = round(steps*ground.lesson.options["local_share"]) if i < len(graft) - 1 else 0
+    fits = [(local, f"local block {i + 1}", True), (steps - local, name, False)]
+    histories = [train_span(graft, i, i, ground, n, said, local=here) for n, said, here in fits if n]
+    return histories, {"graft": name, **vital_signs(graft, i, i, ground)}
+
+
 def train_graft(
     graft: Graft,  # student blocks and their host
     ground: Ground,  # the frozen side of the lesson
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # history of every fit, life of the graft
     "Both stages, in the order and with the starts that the lesson's options ask for."
-    lesson, options, histories, life = ground.lesson, ground.lesson.options, [], []
+    lesson, options = ground.lesson, ground.lesson.options
     if options["adapters"] == "ridge": ridge_adapters(graft, ground)
     fits = plan(graft.positions, lesson.steps, options["stage1_share"], options["order"], options["polish"])
-    for name, i, j, steps in fits:
-        alone = name.startswith("stage 1")
-        if not alone: begin_chain(graft, i, j, ground)
-        local = round(steps*options["local_share"]) if alone and j < len(graft) - 1 else 0
-        if local: histories.append(train_span(graft, i, j, ground, local, f"local block {i + 1}", local=True))
-        if steps > local: histories.append(train_span(graft, i, j, ground, steps - local, name))
+    first = [(name, i, steps) for name, i, _, steps in fits if name.startswith("stage 1")]
+    done = apart(graft, ground, first) if lesson.processes > 1 else [alone(graft, ground, *fit) for fit in first]
+    histories, life = [h for made, _ in done for h in made], [row for _, row in done]
+    for name, i, j, steps in fits[len(first):]:
+        begin_chain(graft, i, j, ground)
+        histories.append(train_span(graft, i, j, ground, steps, name))
         life.append({"graft": name, **vital_signs(graft, i, j, ground)})
     return pd.concat(histories, ignore_index=True), pd.DataFrame(life)
+
+# %% ../nbs/60_grafting.ipynb #80273d1a
+def elsewhere(
+    threads: int,  # threads of this process
+    ground: Ground,  # the frozen side of the lesson
+    graft: Graft,  # student blocks and their host
+    *fit,  # name, number of the block, steps
+) -> tuple[tuple, dict]:  # what `alone` gives, and the trained block
+    "`alone`, as a process of its own does it."
+    torch.set_num_threads(threads)
+    done = alone(graft, ground, *fit)
+    return done, graft.parts[fit[1]].state_dict()
+
+
+def apart(
+    graft: Graft,  # student blocks and their host; its blocks are trained
+    ground: Ground,  # the frozen side of the lesson
+    fits: list[tuple[str, int, int]],  # name, number of the block, steps
+) -> list[tuple]:  # what `alone` gives for each
+    "Stage 1 in processes of their own; a block whose input was too large to be kept is trained in this one."
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
+    lesson, kept = ground.lesson, ground.kept
+    threads, light = max(1, torch.get_num_threads()//lesson.processes), replace(lesson, make=None, processes=1)
+    own = lambda i: [k if j in (i - 1, i, len(kept) - 1) else None for j, k in enumerate(kept)]
+    sent = [f for f in fits if all(k is None or k.where != "recomputed" for k in own(f[1]))]
+    jobs = [delayed(elsewhere)(threads, Ground(ground.blocks, own(f[1]), light), graft, *f) for f in sent]
+    try: made = dict(zip(sent, Parallel(lesson.processes, backend="loky")(jobs), strict=True))
+    finally: get_reusable_executor().shutdown(wait=True)
+    for (_, i, _), (_, state) in made.items(): graft.parts[i].load_state_dict(state)
+    return [made[f][0] if f in made else alone(graft, ground, *f) for f in fits]
 
 # %% ../nbs/60_grafting.ipynb #ada7b1bd
 def begin_chain(

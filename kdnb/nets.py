@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['torchvision', 'HALF', 'SAME', 'OURS', 'import_torchvision', 'mobilenetv1', 'squeezenet1_0', 'any_size', 'plan_of',
            'hub_options', 'from_hub', 'weights_file', 'read_state', 'classifier_name', 'load_weights', 'seeded',
-           'maker', 'build', 'card_of', 'normalise', 'probe', 'evaluating', 'freeze', 'latency', 'cost', 'remade',
-           'save_net', 'read_card', 'load_net']
+           'maker', 'build', 'card_of', 'normalise', 'channels', 'probe', 'evaluating', 'freeze', 'latency', 'cost',
+           'remade', 'save_net', 'read_card', 'load_net']
 
 # %% ../nbs/20_nets.ipynb #95784cde
 import difflib
@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import safetensors
@@ -260,8 +260,17 @@ def normalise(
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise BadInput(f"pixels of type {pixels.dtype} and shape {tuple(pixels.shape)}; uint8 (N, 3, H, W) is expected")
     card = card_of(card) if isinstance(card, nn.Module) else card
-    mean, std = (torch.tensor(card[k], device=pixels.device).view(1, 3, 1, 1) for k in ("mean", "std"))
+    mean, std = (channels(tuple(card[k]), pixels.device) for k in ("mean", "std"))
     return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def channels(
+    values: tuple[float, ...],  # one number a channel
+    device: torch.device,  # where they are wanted
+) -> Tensor:  # (1, C, 1, 1)
+    "Numbers that are sent to a device once."
+    with torch.inference_mode(False): return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 # %% ../nbs/20_nets.ipynb #896af9f6
 def probe(

@@ -1,16 +1,29 @@
 "The engine against the plain loop, head first, options, budgets, and a method that was killed."
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdnb import grafting
+from kdnb import grafting, train
 from kdnb.core import BadInput
 from kdnb.distillers import family, find_method
 from kdnb.frozen import Budget
-from kdnb.grafting import Graft, Lesson, checkpoint, graft_student, merge, plan, prepare, set_batchnorm
+from kdnb.grafting import (
+    Graft,
+    Ground,
+    Lesson,
+    checkpoint,
+    graft_student,
+    merge,
+    plan,
+    prepare,
+    set_batchnorm,
+    span_loss,
+)
 from kdnb.losses import soft_kl, soften
 from kdnb.methods import read_methods
 from kdnb.nets import build, freeze, normalise
@@ -277,3 +290,56 @@ def test_methods_with_options_are_read_and_refused():
 def test_a_nan_names_block_step_and_rate():
     lesson = lesson_of(lr=1e30)
     with pytest.raises(FloatingPointError, match=r"stage 1 block \d.* at step \d+, learning rate"): graft_student(lesson)
+
+
+class Crossings(TorchDispatchMode):
+    "Notes every operation that meets tensors of two devices."
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in (*args, out) if isinstance(t, torch.Tensor) and t.numel()}
+        if len(devices) > 1: self.met.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_step_on_another_device_asks_nothing_of_it_and_sends_it_row_numbers_at_most(monkeypatch, first):
+    "Torch's meta device stands in for a GPU: whatever would have to be waited for is an error there."
+    lesson = lesson_of()
+    graft = Graft(lesson.host, lesson.make("random"))
+    here = prepare(graft, lesson)
+    host = copy.deepcopy(lesson.host).to("meta")
+    host.card = lesson.host.card
+    ground = Ground(here.blocks.to("meta"), [replace(k, rows=k.rows.to("meta"), device="meta") for k in here.kept],
+                    replace(lesson, device="meta", host=host))
+    span = graft.to("meta").span(first, 1, ground.blocks).train()
+    train.shuffled.cache_clear()
+    monkeypatch.setattr(train, "mixed_precision", lambda device: nullcontext())
+    fit = Fit(span, span_loss(span, first, {}, ground), 9, 1e-3, device="meta")
+    fit.optimiser = torch.optim.SGD([{"params": fit.trained, "factor": 1.}], lr=.1)  # fused ones are for real devices
+    sent = []
+    for _ in range(9):
+        with Crossings() as seen: train.advance(fit)
+        sent.append(len(seen.met))
+    assert [n for i, n in enumerate(sent) if i % 3] == [0]*6, "24 views in batches of 8: an epoch begins every 3 steps"
+    assert sent[3] == sent[6] == 1 <= sent[0] and len(fit.unjudged) == 9
+
+
+def test_what_was_not_judged_in_its_step_is_before_anything_is_kept(tmp_path):
+    net = nn.Linear(1, 1)
+    fit = Fit(net, None, 3, .1, checkpoint=train.Checkpoint(tmp_path/"x.pt", "x"), name="fit")
+    fit.unjudged = [(i, .1*i, torch.tensor(1.), torch.tensor(v)) for i, v in enumerate((1., float("nan"), 2.))]
+    with pytest.raises(FloatingPointError, match="fit: loss 1 and gradient nan at step 1, learning rate 0.1"): fit.keep()
+    assert not (tmp_path/"x.pt").exists()
+
+
+def test_blocks_in_processes_of_their_own_end_with_the_same_weights(one_thread):
+    one, two = graft_student(lesson_of()), graft_student(replace(lesson_of(), processes=2))
+    for a, b in zip(one.net.state_dict().values(), two.net.state_dict().values(), strict=True): assert torch.equal(a, b)
+    assert one.life.equals(two.life) and list(one.history.fit) == list(two.history.fit)
+    with pytest.raises(BadInput, match="processes=2: one to a GPU"): replace(lesson_of(), device="cuda", processes=2)
+    with pytest.raises(FloatingPointError, match="stage 1 block .*learning rate"):
+        graft_student(replace(lesson_of(lr=1e30), processes=2))
