@@ -152,7 +152,8 @@ def cost_section(
              for name, c in (r.get("costs") or {}).items()}
     return {f"parameters of the {k}": f"{v:,}" for k, v in sizes.items()} | {
         "layers not merged": f"{extra['params']:,} parameters" if extra.get("params") else "none recorded"} | costs | {
-        "this run": f"{r['seconds']} s on {r['device']} ({r.get('processor') or 'processor unknown'})",
+        "this run": f"{r['seconds']} s on {r['device']} ({r.get('processor') or 'processor unknown'})"
+                    + "; a killed run had begun it, whose time is not in this"*bool(r.get("resumed")),
         "energy": f"{energy['joules']:,} J" if energy else "the machine does not tell"}
 
 # %% ../nbs/86_card.ipynb #02435013

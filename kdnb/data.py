@@ -204,7 +204,7 @@ def _grades(folder):
 
 # %% ../nbs/10_data.ipynb #5673a695
 def load_table(
-    data: str | Path,  # BreakHis folder, GlaS folder, or a CSV
+    data: str | Path,  # BreakHis folder, GlaS folder, a CSV, or a folder with one named labels.csv
     mag: str = "400X",  # magnification, for BreakHis
     task: str = "binary",  # task, for BreakHis
     patient: str = "accession",  # who is a patient, for BreakHis
@@ -213,6 +213,7 @@ def load_table(
     "An image table from whatever the user passes."
     path = user_path(data)
     if path.is_dir() and _grades(path): return glas_table(path), "glas"
+    if (path/"labels.csv").is_file(): path = path/"labels.csv"
     if path.is_file():
         table = read_table(path)
         if table.label.nunique() < 2: raise BadInput(f"{path} has only the class {table.label.iloc[0]!r}")

@@ -21,7 +21,7 @@ from .blocks import align
 from .core import PRESETS, BadInput, one_of
 from .data import VIEWS, show_images
 from .stain import stain_views
-from .fusion import GAMMA, fuse
+from .fusion import GAMMA, fuse, same_classes
 from .grafting import NETGRAFT, Lesson, Taught, checkpoint, graft_student
 from .losses import TAU, hard_ce, soft_kl
 from .nets import build
@@ -279,6 +279,7 @@ def make_lesson(
     **more,  # further fields of `Lesson`: steps, lr, batch, seed, start, folder, identity, options
 ) -> tuple[Lesson, Tensor]:  # the lesson, and the weights of the teachers (M,) or (M, N)
     "Views of the shots, the integrated soft targets for each, and a host."
+    same_classes(teachers)
     views = stain_views(pixels, jitters, more.get("seed", 0))
     y = None if labels is None else as_tensor(labels).repeat_interleave(VIEWS*(1 + jitters))
     logits = torch.stack([t.logits(views, device) for t in teachers])

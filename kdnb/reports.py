@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'MUST', 'FREE', 'AT', 'TEST_SHARE', 'USUAL_SHARE', 'GROUPS', 'COSTS', 'PICKED', 'VERDICTS', 'ARTEFACTS',
-           'CURVES', 'DRAWN', 'BEGIN', 'END', 'HEADLINE', 'Point', 'defaults', 'asked', 'wanted', 'Gathered', 'gather',
-           'rows_of', 'estimate', 'summary', 'gaps', 'said', 'text_table', 'teachers_table', 'fusion_table',
-           'methods_table', 'cost_table', 'published', 'shots_data', 'life_data', 'shares_data', 'predictions_of',
-           'reliability_data', 'disagreement_data', 'Report', 'report', 'draw_shots', 'draw_life', 'draw_shares',
-           'draw_reliability', 'picture', 'draw_disagreement', 'draw', 'report_files', 'write_report', 'readme_block',
-           'write_readme', 'write_all']
+           'MOST', 'CURVES', 'DRAWN', 'BEGIN', 'END', 'HEADLINE', 'Point', 'defaults', 'asked', 'wanted', 'Gathered',
+           'gather', 'rows_of', 'estimate', 'summary', 'gaps', 'said', 'text_table', 'teachers_table', 'fusion_table',
+           'methods_table', 'left_out', 'cost_table', 'published', 'shots_data', 'life_data', 'shares_data',
+           'predictions_of', 'reliability_data', 'disagreement_data', 'Report', 'report', 'widely', 'draw_shots',
+           'draw_life', 'draw_shares', 'draw_reliability', 'picture', 'draw_disagreement', 'draw', 'report_files',
+           'write_report', 'readme_block', 'write_readme', 'write_all']
 
 # %% ../nbs/85_reports.ipynb #fdbf573b
 import ast
@@ -153,13 +153,15 @@ GROUPS = ("inherits", "own weights", "teachers")  # order of the groups of a tab
 def rows_of(
     gathered: Gathered,  # records
 ) -> pd.DataFrame:  # long rows of the test side, with the group each method stands in
-    "The scores of some records; `group` says whether a student took over weights of a teacher."
+    "The scores of some records; `group`: does a student take over weights of a teacher, `labels`: does it need any?"
     lines, usual = [], lambda m: "teachers" if m == "ensemble" or m.startswith("teacher ") else "?"
     for r in gathered.found:
         same, told = {c: run_value(r, c) for c in ["run", *CONTEXT, *VARIANTS]}, r.get("families") or {}
-        lines += [same | row | {"group": told.get(row["method"], usual(row["method"]))} for row in r["rows"]
+        marks = {m: {"group": told.get(m, usual(m)), "labels": "needed"*("labels" in (r.get("needs") or {}).get(m, ()))}
+                 for m in {row["method"] for row in r["rows"]}}
+        lines += [same | row | marks[row["method"]] for row in r["rows"]
                   if row["split"] == "test" and not row.get("label")]
-    rows = pd.DataFrame(lines, columns=[*COLUMNS, "group"]).assign(label="")
+    rows = pd.DataFrame(lines, columns=[*COLUMNS, "group", "labels"]).assign(label="")
     return rows.astype({"value": float, "low": float, "high": float})
 
 
@@ -223,7 +225,7 @@ def text_table(
 ) -> pd.DataFrame:  # text, one line a group, one column a score, then what was counted
     "A summary as a table of text; leading columns that say nothing are left out."
     if data.empty: return data
-    by = [c for c in by if data[c].notna().any()]
+    by = [c for c in by if (data[c].notna() & (data[c] != "")).any()]
     lines = {}
     for row in data.to_dict("records"):
         line = lines.setdefault(tuple(row[c] for c in by), {})
@@ -266,17 +268,27 @@ def fusion_table(
     data = _in_order(summary(rows[ways == rows.fusion.nunique()], by), by)
     return data, text_table(data, by)
 
-# %% ../nbs/85_reports.ipynb #836d1684
+# %% ../nbs/85_reports.ipynb #d2b265c6
 def methods_table(
     gathered: Gathered,  # records
 ) -> tuple:  # numbers, text
     "Distillers by magnification and K, students with inherited weights apart from those with their own."
-    rows, by = rows_of(gathered), ("mag", "k", "group", "method")
+    rows, by = rows_of(gathered), ("mag", "k", "group", "method", "labels")
     rows = rows[~rows.method.str.startswith("teacher ")]
     data = _in_order(pd.concat([summary(rows, by), gaps(rows, by)], ignore_index=True), by)
     return data, text_table(data, by)
 
 
+def left_out(
+    gathered: Gathered,  # records
+) -> str:  # a sentence, empty if every method could be run
+    "Which methods runs left out, in how many runs, and why."
+    why = pd.DataFrame([{"method": m, "why": w} for r in gathered.found for m, w in (r.get("skipped") or {}).items()])
+    if why.empty: return ""
+    said = [f"{m} in {len(g)} ({'; '.join(dict.fromkeys(g.why))})" for m, g in why.groupby("method", sort=False)]
+    return f" Left out: {', '.join(said)}."
+
+# %% ../nbs/85_reports.ipynb #356df971
 COSTS = {"params": "parameters", "macs": "MACs an image", "bytes": "bytes kept", "latency_ms": "latency [ms]",
          "images_per_s": "images a second"}
 
@@ -375,7 +387,8 @@ def reliability_data(
         same = {"k": k, "method": method, "ece": ece(y, p), "runs": g.run.nunique()}
         lines += [same | line for line in reliability(y, p).reset_index().to_dict("records")]
     data = pd.DataFrame(lines)
-    text = data.drop_duplicates(["k", "method"]).pivot(index="method", columns="k", values="ece").map("{:.3f}".format)
+    text = data.drop_duplicates(["k", "method"]).pivot(index="method", columns="k", values="ece")
+    text = text.loc[data.method.unique()].map(lambda v: said(v, math.nan, math.nan))
     return data, text.rename(columns=lambda k: f"ECE, K = {k}").rename_axis(columns=None)
 
 # %% ../nbs/85_reports.ipynb #a0f434e7
@@ -459,6 +472,7 @@ def report(
     gathered = gather(purpose, one_of("source", source, ["auto", *GRIDS]), folder, records)
     data, text = make(gathered) if gathered.found else (pd.DataFrame(), pd.DataFrame())
     says = gathered.says()
+    if make is methods_table: says += left_out(gathered)
     if make in (reliability_data, disagreement_data):
         says += f" Predictions of {sum(_is_here(r, gathered.folder) for r in gathered.found)} of them are here."
     return Report(name, gathered.source, f"{title}: {TITLES[gathered.source]}", says, data, text)
@@ -478,24 +492,36 @@ def _by(data, column):
     values = sorted(data[column].drop_duplicates().tolist(), key=lambda v: natural((v,)))
     return [(v, data[data[column].isna() if pd.isna(v) else data[column] == v]) for v in values]
 
-# %% ../nbs/85_reports.ipynb #b3a799f8
+# %% ../nbs/85_reports.ipynb #522788ee
+MOST = .6  # share of the runs of the method that has most  H
+
+
+def widely(
+    data: pd.DataFrame,  # from `summary`
+) -> list:  # names of methods
+    "Methods that were run at most points."
+    runs = data[data.metric == data.metric.iloc[0]].groupby("method", sort=False).runs.sum()
+    return runs.index[runs > MOST*runs.max()].tolist()
+
+# %% ../nbs/85_reports.ipynb #fee3774b
 def draw_shots(
     data: pd.DataFrame,  # of Figure 1
 ):  # matplotlib figure
     "Accuracy against K, one panel a magnification; students with inherited weights dashed, the ensemble dotted."
-    parts = _by(data, "mag")
-    fig, axes = _axes(len(parts))
+    shown = widely(data)
+    parts, columns = _by(data[data.method.isin(shown)], "mag"), -(-len(shown)//10)
+    fig, axes = _axes(len(parts), 3.2 + .9*(columns - 1)/len(parts))
     style = dict(zip(GROUPS, ("--", "-", ":"), strict=True))
     for ax, (mag, part) in zip(axes, parts, strict=True):
         for i, (method, g) in enumerate(part.groupby("method", sort=False)):
             ends = np.nan_to_num(np.abs(g[["low", "high"]].to_numpy(float).T - g["mean"].to_numpy()))
-            ax.errorbar(g.k*(1 + .02*i), g["mean"], ends, label=method, ls=style.get(g.group.iloc[0], "-"), marker="o",
-                        ms=3, lw=1.2, elinewidth=.6, capsize=2)
+            ax.errorbar(g.k*1.25**(i/len(shown)), g["mean"], ends, label=method, ls=style.get(g.group.iloc[0], "-"),
+                        marker="o", ms=3, lw=1.2, elinewidth=.6, capsize=2)
         ax.set(xscale="log", xlabel="K: images a class", title="" if pd.isna(mag) else mag)
         ax.set_xticks(sorted(part.k.unique()), [str(k) for k in sorted(part.k.unique())], minor=False)
         ax.minorticks_off()
     axes[0].set_ylabel("image accuracy")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5), ncols=columns)
     return fig
 
 # %% ../nbs/85_reports.ipynb #f29d581e
@@ -633,7 +659,8 @@ def write_report(
 
 
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
-HEADLINE = ["image_accuracy", "balanced_accuracy", "auroc", "patients", "folds", "runs"]  # what the README shows  H
+HEADLINE = ["image_accuracy", "balanced_accuracy", "auroc", "auroc of graft minus this", "patients", "folds",
+            "runs"]  # what the README shows  H
 
 # %% ../nbs/85_reports.ipynb #97e9e95d
 def readme_block(
@@ -647,7 +674,10 @@ def readme_block(
         counts = " ".join(f"{TITLES[r.source]}: {r.says}" for r in made)
         return f"No result on real images is recorded yet. {counts}\n"
     said = "Mean over folds and seeds with a 95 % interval (corrected resampled t); test patients are never trained on."
-    table = best.text[[c for c in HEADLINE if c in best.text]]
+    most, table = widely(best.data), best.text[[c for c in HEADLINE if c in best.text]]
+    rest = best.data.method.nunique() - len(most)
+    if rest: said += f" {rest} more, run at fewer points: `results/tables/{best.name}-{best.source}.md`."
+    table = table[table.index.get_level_values("method").isin(most)]
     return f"**{best.title}** (`{best.source}`). {best.says} {said}\n\n{markdown(table)}"
 
 # %% ../nbs/85_reports.ipynb #f63fc965

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from torch import Tensor, nn
 
 from .blocks import Averaged, cut
@@ -278,13 +279,17 @@ def train_teacher(
     made_by = maker_of(name, images, preset, seed, device, weights, recipe)
     folder = Path(home or cache_home()/"teachers")/f"{name}-{digest(made_by)}"
     if (folder/"card.json").exists(): return load_teacher(folder, images)
-    log = Curves(folder/"tensorboard") if one_of("curves", curves, CURVES) == "tensorboard" else None
-    course = course_of(images, preset, recipe, seed, device)
-    net = build(name, len(images.classes), pretrained=preset.pretrained and not weights, weights=weights, seed=seed)
-    began = time.perf_counter()
-    history = fine_tune(net, course, Checkpoint(folder/"partial", digest(made_by)), log)
-    keep_teacher(net, images, made_by, history, folder, round(time.perf_counter() - began, 1))
-    for partial in folder.glob("partial*"): partial.unlink()
+    tensorboard = one_of("curves", curves, CURVES) == "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder/".lock"):
+        if (folder/"card.json").exists(): return load_teacher(folder, images)
+        log = Curves(folder/"tensorboard") if tensorboard else None
+        course = course_of(images, preset, recipe, seed, device)
+        net = build(name, len(images.classes), pretrained=preset.pretrained and not weights, weights=weights, seed=seed)
+        began, whole = time.perf_counter(), not any(folder.glob("partial*"))  # else part of the time is unknown
+        history = fine_tune(net, course, Checkpoint(folder/"partial", digest(made_by)), log)
+        keep_teacher(net, images, made_by, history, folder, round(time.perf_counter() - began, 1) if whole else None)
+        for partial in folder.glob("partial*"): partial.unlink()
     return load_teacher(folder, images)
 
 # %% ../nbs/40_teacher.ipynb #9a769757
@@ -306,7 +311,7 @@ def keep_teacher(
     made_by: dict,  # what its folder is named by
     history: pd.DataFrame,  # history of its training
     folder: Path,  # where it is kept
-    seconds: float,  # how long its training took  [s]
+    seconds: float | None,  # how long its training took, `None` if a killed one was gone on with  [s]
 ) -> None:
     "Write weights, history and card; the card last, so that a folder with a card is complete."
     save_net(net.cpu().eval(), folder/"weights.safetensors")

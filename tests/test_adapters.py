@@ -25,12 +25,7 @@ FINER = ["test_resnet", "kdnb_densenet_small", "kdnb_mobilenetv1_025", "kdnb_mob
          "test_vit"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # bits are compared
 
 
 def used(net):

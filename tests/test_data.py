@@ -142,7 +142,7 @@ def test_glas_is_known_by_its_grades_and_by_its_names(tmp_path):
     table, source = load_table(tmp_path)
     assert source == "glas" and table.image.tolist() == ["testB_2", "train_1"] and table.patient.tolist() == ["6", "5"]
     (tmp_path/"labels.csv").write_text("image,label,patient\ntrain_1.bmp,benign,5\ntestB_2.bmp,malignant,6\n")
-    assert load_table(tmp_path/"labels.csv")[1] == "glas"
+    assert load_table(tmp_path/"labels.csv")[1] == load_table(tmp_path)[1] == "glas"
     os.rename(tmp_path/"train_1.bmp", tmp_path/"mine.bmp")
     (tmp_path/"labels.csv").write_text("image,label,patient\nmine.bmp,benign,5\ntestB_2.bmp,malignant,6\n")
     assert load_table(tmp_path/"labels.csv")[1] == "own"

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from kdnb import distillers, losses, train
 from kdnb.core import BadInput
-from kdnb.distillers import FAMILIES, catalogue, study
+from kdnb.distillers import FAMILIES, catalogue, make_lesson, study
 from kdnb.features import beside, counterparts, put_head_back
 from kdnb.grafting import Lesson
 from kdnb.methods import METHODS, ROOMS, family, find_method, lacks
 from kdnb.nets import build, freeze, normalise
+from kdnb.teacher import FUSION_SCORE, HOST_SCORE, Teacher
 from kdnb.train import generator, predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -305,6 +306,16 @@ def test_fskd_of_a_copy_changes_no_feature(lesson):
     with torch.no_grad(): f, g = taught.net.forward_features(x), lesson.host.forward_features(x)
     assert (f - g).square().mean() < .05*g.square().mean()
     assert agreement(lesson, taught.net) > .9
+
+
+def test_teachers_of_another_order_of_classes_are_refused():
+    card = {"net": "test_resnet", "classes": ["a", "b"], "valid": {HOST_SCORE: .6, FUSION_SCORE: .6}}
+    net, shots = freeze(build("test_resnet", 2, seed=0)).eval(), torch.randint(256, (2, 3, 32, 32)).byte()
+    teach = lambda *orders: make_lesson([Teacher(net, card | {"classes": o}, None) for o in orders], shots,
+                                        lambda start: build("test_resnet", 2, seed=1), steps=1, lr=1e-3)
+    assert len(teach(["a", "b"], ["a", "b"])[0].views) == 16
+    with pytest.raises(BadInput, match=r"teacher 1 .* tells apart b, a; .* its logits fit as z\[:, \[1, 0\]\]"):
+        teach(["a", "b"], ["b", "a"])
 
 
 def test_the_room_of_all_methods():

@@ -206,6 +206,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(phantom, tmp_path):
     assert papermill("run_distill.ipynb", "b.ipynb", tmp_path/"calm", tmp_path, **args)[0].returncode == 0
     assert record_of(home)["rows"] == record_of(tmp_path/"calm")["rows"]
     assert record_of(home)["run"] == record_of(tmp_path/"calm")["run"]
+    both = {h: record_of(h) for h in (home, tmp_path/"calm")}  # how long a method took is not known of two processes
+    assert both[home]["resumed"] == ["graft"] and both[home]["timings"]["graft"] is None and both[home]["timings"]["kd"] > 0
+    assert both[tmp_path/"calm"]["resumed"] == [] and both[tmp_path/"calm"]["timings"]["graft"] > 0
 
 
 # ---- real images, where they are

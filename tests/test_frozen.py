@@ -30,12 +30,7 @@ N = 10
 PLENTY = 10**8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer(c, d): return nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(c, d, 3, 2, 1), nn.BatchNorm2d(d))

@@ -29,6 +29,7 @@ from kdnb.reports import (
     report,
     report_files,
     wanted,
+    widely,
     write_all,
     write_readme,
 )
@@ -149,7 +150,7 @@ def test_nothing_outside_the_marks_of_a_readme_is_touched(folder, tmp_path):
 def test_the_readme_shows_glas_until_breakhis_is_there(tmp_path):
     rng = np.random.default_rng(1)
     for p in wanted("methods", "glas")[:6]: made_up(p, tmp_path, rng, source="glas")
-    assert readme_block(tmp_path).startswith("**Table 3. Distillers by magnification and K: GlaS** (`glas`). 45 runs expected, 6 found")
+    assert readme_block(tmp_path).startswith("**Table 3. Distillers by magnification and K: GlaS** (`glas`). 18 runs expected, 6 found")
     paper = {"preset": asdict(resolve_preset("paper"))}
     for p in wanted("methods", "breakhis")[:4]: made_up(p, tmp_path, rng, source="breakhis", resolved=p.given | paper)
     assert "K: BreakHis** (`breakhis`). 400 runs expected, 4 found, 396 missing." in readme_block(tmp_path)
@@ -159,7 +160,7 @@ def test_the_readme_shows_glas_until_breakhis_is_there(tmp_path):
 
 def test_numbers_are_means_over_folds_with_corrected_intervals(folder):
     made = report("table3_distillers", folder=folder)
-    assert made.source == "synthetic" and "SYNTHETIC" in made.title and made.says.startswith("48 runs expected, 18 found, 30 missing")
+    assert made.source == "synthetic" and "SYNTHETIC" in made.title and made.says.startswith("36 runs expected, 18 found, 18 missing")
     at = gather("methods", "synthetic", folder).found
     values = pd.DataFrame([{"fold": r["resolved"]["fold"], "value": row["value"]} for r in at for row in r["rows"]
                            if (r["resolved"]["mag"], r["resolved"]["k"]) == ("40X", 5) and row["method"] == "kd" and row["metric"] == "auroc"])
@@ -171,6 +172,45 @@ def test_numbers_are_means_over_folds_with_corrected_intervals(folder):
     assert groups[groups != groups.shift()].tolist() == ["inherits", "own weights", "teachers"]*4
     gap = made.data[made.data.metric == "auroc of graft minus this"]
     assert set(gap.method) == LEVELS.keys() - {"graft", "teacher a", "teacher b"} and len(published(gather("methods", "synthetic", folder))) == 0
+
+
+def test_methods_that_need_labels_are_marked_and_what_was_left_out_is_said(tmp_path):
+    points, rng = wanted("methods", "synthetic")[:2], np.random.default_rng(0)
+    for p in points: made_up(p, tmp_path, rng, needs={"hard": ["labels"], "kd": []}, skipped={"finetune": "no weights"})
+    made = report("table3_distillers", "synthetic", tmp_path)
+    assert dict(zip(made.data.method, made.data.labels, strict=True)) == {m: "needed"*(m == "hard") for m in set(made.data.method)}
+    assert "labels" in made.text.index.names and made.says.endswith("Left out: finetune in 2 (no weights).")
+    assert "labels" not in report("table2_fusion", "synthetic", tmp_path).text.index.names
+
+
+def test_methods_tried_at_few_points_stand_in_the_table_not_where_room_is_little(tmp_path):
+    rng, points = np.random.default_rng(0), wanted("methods", "glas")
+    for p in points:
+        made_up(p, tmp_path, rng, source="glas")
+        if p.given["seed"] == 0: continue
+        path = max((tmp_path/"runs").iterdir(), key=lambda f: f.stat().st_mtime_ns)
+        record = json.loads(path.read_text())
+        record["rows"] = [r for r in record["rows"] if r["method"] != "copied_kd"]  # of the first draw only
+        path.write_text(json.dumps(record))
+    made = report("table3_distillers", "glas", tmp_path)
+    runs = made.data[made.data.metric == "auroc"].groupby("method").runs.sum()
+    assert (runs["graft"], runs["copied_kd"]) == (18, 6) and widely(made.data) == ["graft", "hard", "kd", "ensemble"]
+    assert "| copied_kd |" in report_files(made)["table3_distillers-glas.md"] and "| copied_kd |" not in readme_block(tmp_path)
+    assert "1 more, run at fewer points: `results/tables/table3_distillers-glas.md`" in readme_block(tmp_path)
+    shown = {t.get_text() for t in draw(report("figure1_shots", "glas", tmp_path)).axes[0].get_legend().get_texts()}
+    assert shown == {"graft", "hard", "kd", "ensemble"}
+
+
+@pytest.mark.parametrize("source, splits", [("glas", 3), ("synthetic", 3)])
+def test_every_method_is_tried_and_no_point_twice(source, splits):
+    from kdnb.methods import METHODS
+    points = wanted("methods", source)
+    asked_for = [{p.given["method"], *filter(None, p.given["baselines"].split(","))} for p in points]
+    every = {f: n for n, f in METHODS.items() if n != "scratch"}  # scratch is hard
+    whole = [p for p, names in zip(points, asked_for, strict=True) if names == set(every.values())]
+    places = [tuple(p.given[c] for c in ("mag", "fold", "seed", "k", "fusion")) for p in points]
+    assert len(every) == len(set(METHODS.values())) and len(places) == len(set(places))
+    assert len({p.given["k"] for p in whole}) == 2 and len({p.given["fold"] for p in whole}) == splits
 
 
 def test_table_2_counts_only_places_that_have_all_rules(folder, tmp_path):
@@ -254,6 +294,14 @@ def test_figures_say_synthetic(folder, house, name):
     fig = draw(few)
     assert "SYNTHETIC" in fig._suptitle.get_text() and len(fig.axes) >= 1
     if "disagreement" in name: assert sum(bool(ax.images) for ax in fig.axes) == 2 and (house/"cache"/"phantom").is_dir()
+
+
+def test_no_image_but_a_phantoms_is_committed():
+    cells = json.loads((ROOT/"nbs/paper/figure5_disagreement.ipynb").read_text("utf-8"))["cells"]
+    shown = [c for c in cells if any("image/png" in o.get("data", {}) for o in c.get("outputs", ()))]
+    assert all("draw(drawn" in "".join(c["source"]) for c in shown)
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    assert 'images: str = ""' in code[0] and 'drawn = made if images else report("figure5_disagreement", "synthetic")' in "".join(code)
 
 
 # ---- grids

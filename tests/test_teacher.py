@@ -1,5 +1,6 @@
 "Teachers and their fine-tuning: recipes, processes, kills, cards, and what is refused."
 import json
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdnb import finetune
+from kdnb import finetune, train
 from kdnb.core import BadInput, resolve_preset
 from kdnb.data import ImageStore
 from kdnb.finetune import Course, Curves, Recipe, depths, fine_tune, head_names, layer_rates, read_recipe
@@ -168,6 +169,24 @@ def test_curves(monkeypatch, tmp_path, easy):
 
 # ---- teachers
 
+def test_a_killed_teacher_is_gone_on_with_and_its_time_is_not_known(images, tmp_path, monkeypatch):
+    recipe, real, looks = Recipe(every=2), train.look, []
+
+    def killed(fit, parts):
+        looks.append(fit.step)
+        if len(looks) == 2: raise KeyboardInterrupt
+        return real(fit, parts)
+
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(train, "look", killed)
+    with pytest.raises(KeyboardInterrupt): train_teacher("test_resnet", images, SMALL, home=tmp_path/"a", recipe=recipe)
+    monkeypatch.undo()
+    gone_on = train_teacher("test_resnet", images, SMALL, home=tmp_path/"a", recipe=recipe)
+    whole = train_teacher("test_resnet", images, SMALL, home=tmp_path/"b", recipe=recipe)
+    assert gone_on.card["seconds"] is None is not whole.card["seconds"]
+    assert gone_on.card["weights"] == whole.card["weights"]
+
+
 def test_the_card(images, tmp_path):
     recipe = Recipe(every=3, smoothing=.1)
     teacher = train_teacher("test_resnet", images, SMALL, 5, home=tmp_path, recipe=recipe)
@@ -183,6 +202,38 @@ def test_the_card(images, tmp_path):
     assert train_teacher("test_resnet", images, SMALL, 5, home=tmp_path, recipe=recipe).card == card
     other = train_teacher("test_resnet", images, SMALL, 5, home=tmp_path, recipe=replace(recipe, smoothing=0.))
     assert other.folder != teacher.folder
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+import pandas as pd, torch
+from kdnb import teacher
+from kdnb.core import resolve_preset
+from kdnb.data import ImageStore
+torch.set_num_threads(1)
+folder, me = Path(sys.argv[1]), sys.argv[2]
+table = pd.read_csv(folder/"table.csv", dtype=str)
+images, tune = teacher.Images(table, ImageStore(table, 32, folder/"store"), ("a", "b")), teacher.fine_tune
+def slowly(*args):
+    (folder/f"trained by {me}").touch()
+    time.sleep(1)
+    return tune(*args)
+teacher.fine_tune = slowly
+(folder/f"ready {me}").touch()
+while len(list(folder.glob("ready *"))) < 2: time.sleep(.01)
+small = resolve_preset("laptop", teacher_steps=2, batch=8, size=32)
+print(teacher.train_teacher("test_resnet", images, small, home=folder/"teachers").folder)
+"""
+
+
+def test_of_two_processes_one_trains_and_the_other_waits(images, tmp_path):
+    images.table.to_csv(tmp_path/"table.csv", index=False)
+    both = [subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), me], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True) for me in "ab"]
+    said = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert said[0][0] == said[1][0] and len(list(tmp_path.glob("trained by *"))) == 1
 
 
 def test_a_kept_teacher_is_found_without_building_or_downloading(images, tmp_path, monkeypatch):
