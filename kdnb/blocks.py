@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'TOKEN_STAGES', 'named', 'inside', 'stepped', 'from_to', 'Dropped', 'dropped', 'Grown', 'resnet', 'regnet',
            'densenet', 'vgg', 'bricks', 'efficientnet', 'mobilenetv3', 'convnext', 'starnet', 'byobnet', 'squeezenet',
            'Embedded', 'Picked', 'vit', 'Blocks', 'in_line', 'joined', 'side', 'walk', 'unrolled', 'stages', 'cut',
-           'listed', 'nearest', 'matched', 'places', 'align', 'Averaged']
+           'listed', 'nearest', 'matched', 'places', 'more_tokens', 'align', 'shared_size', 'misfit', 'Averaged']
 
 # %% ../nbs/23_blocks.ipynb #bda3680f
 from collections.abc import Iterator
@@ -365,7 +365,7 @@ def listed(
                          "in": blocks.ins, "width": blocks.widths,
                          "params": [sum(p.numel() for p in b.parameters()) for b in blocks]})
 
-# %% ../nbs/23_blocks.ipynb #ec36b6f3
+# %% ../nbs/23_blocks.ipynb #47f26f17
 def nearest(
     depths: list,  # depth at which each block ends  [0,1], ascending
     wanted: list,  # depths wanted, not more of them  [0,1], ascending, ending in 1
@@ -380,40 +380,74 @@ def nearest(
 
 def matched(
     both: list,  # Blocks of host and student
-    place: tuple,  # a stride and a kind that both have
+    where: list,  # `places` of each
+    place: tuple,  # one that both have
 ) -> list:  # positions of the blocks to end at, host's and student's
     "Equally many blocks of either network at one stride, ending at about the same depths."
-    at = [[i for i, p in enumerate(places(b)) if p == place] for b in both]
+    at = [[i for i, p in enumerate(w) if p == place] for w in where]
     steps = [[b.steps[i] for i in run] for b, run in zip(both, at, strict=True)]
     depths = [[sum(s[:k + 1]) / sum(s) for k in range(len(s))] for s in steps]
     wanted = min(depths, key=len)
     return [[run[i] for i in nearest(d, wanted)] for run, d in zip(at, depths, strict=True)]
 
-
+# %% ../nbs/23_blocks.ipynb #a3b9c1e4
 def places(
     blocks: Blocks,  # blocks of a network
-) -> list:  # stride and kind behind every block but the head
+    size: int | None = None,  # side of the images; `None` to leave out the sides of the maps  [px]
+) -> list:  # stride and kind behind every block but the head, and how many places a side has there
     "Where a network has boundaries."
-    return list(zip(blocks.strides, blocks.kinds, strict=True))[:-1]
+    said = [blocks.strides[:-1], blocks.kinds[:-1]]
+    if size is not None:
+        with evaluating(blocks): outputs = blocks.outputs(probe(blocks, size))[:-1]
+        said.append([side(x, more_tokens(blocks)) for x in outputs])
+    return list(zip(*said, strict=True))
 
-# %% ../nbs/23_blocks.ipynb #88545522
+
+def more_tokens(
+    blocks: Blocks,  # blocks of a network
+) -> int:  # how many; 0 for a network of maps
+    "Tokens that are no patches."
+    return next((m.num_prefix_tokens for m in blocks.modules() if isinstance(m, Embedded)), 0)
+
+# %% ../nbs/23_blocks.ipynb #e94255aa
 def align(
     host: Blocks | nn.Module,  # teacher that is grafted onto
     student: Blocks | nn.Module,  # network whose blocks are grafted
     per_stage: int = 1,  # most blocks that a stage of a network is cut into
+    size: int | None = None,  # side of the images, for boundaries with maps of equal sides only; `None` for any  [px]
 ) -> tuple:  # host's Blocks, student's Blocks: equally many, with equal strides
     "Regroup two networks so that every boundary of one has its counterpart in the other."
     both = [b if isinstance(b, Blocks) else cut(b, per_stage) for b in (host, student)]
     if both[0].widths[-1] != both[1].widths[-1]:
         raise BadInput(f"the host has {both[0].widths[-1]} classes, the student {both[1].widths[-1]}")
-    common = [p for p in dict.fromkeys(places(both[0])) if p in places(both[1])]
-    extra = [next((m.num_prefix_tokens for m in b.modules() if isinstance(m, Embedded)), 0) for b in both]
-    if not common or extra[0] != extra[1]:
-        kinds = [f"{b.kinds[0]}{f', {n} no patches' if n else ''}" for b, n in zip(both, extra, strict=True)]
-        raise BadInput(f"host and student have no boundary in common: their strides are {both[0].strides[:-1]} and "
-                       f"{both[1].strides[:-1]} (host: {kinds[0]}, student: {kinds[1]})")
-    ends = [matched(both, p) for p in common]
+    where = [places(b, size and shared_size(both, size)) for b in both]
+    common = [p for p in dict.fromkeys(where[0]) if p in where[1]]
+    if not common or more_tokens(both[0]) != more_tokens(both[1]): raise BadInput(misfit(both, where, size))
+    ends = [matched(both, where, p) for p in common]
     return tuple(joined(b, [*(i for e in ends for i in e[k]), len(b) - 1]) for k, b in enumerate(both))
+
+# %% ../nbs/23_blocks.ipynb #257a85f7
+def shared_size(
+    both: list,  # Blocks of host and student
+    size: int,  # side of the images  [px]
+) -> int:  # side of images that both take  [px]
+    "The size of the images, or the one that a ViT insists on."
+    own = sorted({m.img_size[0] for b in both for m in b.modules() if getattr(m, "strict_img_size", False)})
+    if len(own) > 1: raise BadInput(f"of host and student one takes images of {own[0]} px only, the other {own[1]} px")
+    return [*own, size][0]
+
+
+def misfit(
+    both: list,  # Blocks of host and student
+    where: list,  # `places` of each
+    size: int | None,  # side of the images, if maps were measured  [px]
+) -> str:
+    "Why two networks cannot be aligned."
+    kinds = [f"{b.kinds[0]}{f', {n} no patches' if (n := more_tokens(b)) else ''}" for b in both]
+    sides = [[p[-1] for p in w] for w in where]
+    maps = f"; at {shared_size(both, size)} px sides have {sides[0]} and {sides[1]} places" if size else ""
+    return (f"host and student have no boundary in common: their strides are {both[0].strides[:-1]} and "
+            f"{both[1].strides[:-1]} (host: {kinds[0]}, student: {kinds[1]}){maps}")
 
 # %% ../nbs/23_blocks.ipynb #0628b54c
 class Averaged(nn.Module):

@@ -6,7 +6,7 @@
 __all__ = ['SUBTYPES', 'TASKS', 'LARGE', 'DOUBLES', 'STORE', 'VIEWS', 'parse_name', 'slides', 'image_path', 'scan', 'find_images',
            'has_breakhis', 'settle_double', 'labelled', 'breakhis_table', 'read_table', 'glas_table', 'load_table',
            'is_synthetic', 'class_names', 'class_index', 'decode', 'cores', 'over', 'read_store', 'write_store',
-           'ImageStore', 'data_digest', 'symmetry', 'symmetries', 'random_symmetry', 'show_images']
+           'there_digest', 'ImageStore', 'data_digest', 'symmetry', 'symmetries', 'random_symmetry', 'show_images']
 
 # %% ../nbs/10_data.ipynb #c38f81cb
 import hashlib
@@ -319,7 +319,16 @@ def write_store(
         out.flush()
         with open(tmp, "ab") as f: f.write(hashlib.sha256(out.data).digest())
 
-# %% ../nbs/10_data.ipynb #54dd6080
+# %% ../nbs/10_data.ipynb #04ccb925
+def there_digest(
+    path: str | Path,  # image file
+) -> str:  # hex digits
+    "Digest of an image file's bytes; one that cannot be opened is refused by its name."
+    try: return file_digest(path)
+    except OSError as e:
+        raise BadInput(f"{path}: the table names this image, but it cannot be read ({e.strerror})") from e
+
+# %% ../nbs/10_data.ipynb #f66059fa
 class ImageStore:
     "All images of a table, decoded once to `uint8` at one size and kept in a memory-mapped file."
 
@@ -332,7 +341,7 @@ class ImageStore:
         from PIL import __version__ as pillow
         if size < 1 or not len(table): raise BadInput(f"size={size!r}, {len(table)} images: nothing to decode")
         self.size, self.table, shape = size, table, (len(table), 3, size, size)
-        self.digests = over(table.path, file_digest, "digests")
+        self.digests = over(table.path, there_digest, "digests")
         self.path = Path(folder or cache_home()/"store")/f"{digest([STORE, pillow, self.digests, size])}.npy"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):  # of several processes the first builds, the others wait

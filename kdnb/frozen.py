@@ -117,6 +117,9 @@ class Kept:
     device: str  # device the outputs are wanted on
     again: Callable | None = None  # rows to outputs, for what is recomputed
     seconds: float = 0.  # spent in computing it  [s]
+    views: int = 0  # how many there are
+
+    def __len__(self): return self.views
 
     def __getitem__(self, rows) -> Tensor:  # outputs of some views (B, D, H, W)
         if self.rows is None: return self.again(rows)
@@ -143,7 +146,7 @@ def place(
     device: str,  # device the outputs are wanted on
 ) -> Kept:  # room for the outputs, not yet written; where there is none, `again` is still to be set
     "Find room for the outputs of all views."
-    form = dict(shape=tuple(x.shape[1:]), device=device,
+    form = dict(shape=tuple(x.shape[1:]), device=device, views=n,
                 last=x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
     room = {"memory": lambda: torch.empty(n, x.numel(), dtype=x.dtype, device=device),
             "file": lambda: in_file(n*x.numel(), x.dtype, folder).view(n, -1)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAU', 'soften', 'positive', 'same_shape', 'soft_kl', 'check_targets', 'hard_ce', 'kd_loss', 'logit_direction',
            'block_mse', 'attention', 'attention_gap', 'distances', 'distance_gap', 'angles', 'angle_gap',
-           'decoupled_kl', 'gap_weights']
+           'decoupled_kl', 'gap_weights', 'fed_back']
 
 # %% ../nbs/21_losses.ipynb #ed8c86c9
 import math
@@ -196,3 +196,12 @@ def gap_weights(
     same_shape(e_s, e_t, "student and host embeddings")
     gap = (F.normalize(e_s, dim=-1) - F.normalize(e_t, dim=-1)).norm(dim=-1)
     return gap/gap.mean() if gap.sum() > 0 else torch.ones_like(gap)
+
+# %% ../nbs/21_losses.ipynb #37636828
+def fed_back(
+    said: list[Tensor],  # logits of everyone (B, C), M of them
+    tau: float = TAU,  # temperature [unitless, >0]  R Hinton 2015
+) -> Tensor:  # scalar, sum over everyone of the mean over B [nats]
+    "What each of several networks pays for differing from what all say together."
+    together = torch.stack([soften(z.detach(), tau) for z in said]).mean(0)
+    return sum(soft_kl(z, together, tau) for z in said)

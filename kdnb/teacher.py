@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['HOST_SCORE', 'FUSION_SCORE', 'INTERVALS', 'DRAWS', 'Images', 'decoded', 'open_images', 'find_data', 'source_note',
-           'Teacher', 'name_digests', 'teacher_name', 'kept_name', 'load_teacher', 'side_scores', 'describe',
-           'start_of', 'maker_of', 'train_teacher', 'course_of', 'keep_teacher', 'torch_threads']
+           'Teacher', 'calibrated_logits', 'name_digests', 'picture_digests', 'teacher_name', 'kept_name',
+           'check_strangers', 'load_teacher', 'side_scores', 'describe', 'start_of', 'maker_of', 'train_teacher',
+           'course_of', 'keep_teacher', 'torch_threads']
 
 # %% ../nbs/40_teacher.ipynb #fcfd41a1
 import json
@@ -152,6 +153,16 @@ class Teacher:
         body = nn.Sequential(*list(cut(self.net))[:-1], Averaged())
         return predict(body, pixels, lambda x: normalise(x, self.net.card), device=device).numpy()
 
+# %% ../nbs/40_teacher.ipynb #2a098eac
+def calibrated_logits(
+    teacher: Teacher,  # teacher with its card
+    pixels: Tensor,  # images (N, 3, H, W) [uint8]
+    device: str = "cpu",  # device to compute on
+) -> Tensor:  # logits (N, C)
+    "Logits divided by the temperature of the card; refused where the card has none."
+    if "temperature" in teacher.card: return teacher.logits(pixels, device)/teacher.card["temperature"]
+    raise BadInput(f"the card of {teacher.name} in {teacher.folder} has no temperature; train it anew")
+
 # %% ../nbs/40_teacher.ipynb #5ac071db
 def name_digests(
     table: pd.DataFrame,  # image table with a `split` column
@@ -163,6 +174,15 @@ def name_digests(
     return {digest(str(v), 12) for c in columns if c in rows for v in rows[c].unique()}
 
 
+def picture_digests(
+    images: Images,  # a split bundle
+    *sides: str,  # sides to look at
+) -> set[str]:  # a digest of each file
+    "Which files are on some sides."
+    digests = getattr(images.store, "sources", images.store.digests)  # of a site: before its stain
+    return {d for d, on in zip(digests, images.table.split.isin(sides), strict=True) if on}
+
+
 def teacher_name(
     name: str,  # name of a network, or the folder of a kept teacher
 ) -> str:  # the same
@@ -170,7 +190,7 @@ def teacher_name(
     if not (user_path(name)/"card.json").exists(): plan_of(name)
     return name
 
-# %% ../nbs/40_teacher.ipynb #5b5be9ae
+# %% ../nbs/40_teacher.ipynb #a1e5000e
 def kept_name(
     name: str,  # name of a network, or the folder of a kept teacher
 ) -> str:  # name of the network
@@ -179,6 +199,26 @@ def kept_name(
     return json.loads(card.read_text(encoding="utf-8"))["net"] if card.exists() else name
 
 
+def check_strangers(
+    folder: Path,  # folder of a kept teacher
+    card: dict,  # its card
+    images: Images,  # images it is to teach on
+) -> None:
+    "Refuse a teacher that knows a test patient of these images by name, or a test picture by its file."
+    if "seen" not in card:
+        raise BadInput(f"{folder/'card.json'} does not say whom its teacher has seen; train the teacher anew")
+    unit = "unit" if "unit" in images.table else "patient"
+    if known := set(card["seen"]) & name_digests(images.table, "test", columns=(unit,)):
+        raise BadInput(f"the teacher in {folder} has seen {len(known)} of this split's test patients; train one on "
+                       "this split (or rename patients, if others bear the same names)")
+    kept = folder/"seen.txt"
+    pictures = set(kept.read_text(encoding="utf-8").split()) if kept.exists() else set()
+    twice = picture_digests(images, "train", "valid")  # copies on both sides are the protocol's leak
+    if known := pictures & (picture_digests(images, "test") - twice):
+        raise BadInput(f"the teacher in {folder} has seen {len(known)} of this split's test images, under whatever "
+                       "names of patients; train one on this split")
+
+# %% ../nbs/40_teacher.ipynb #dac4605d
 def load_teacher(
     folder: str | Path,  # folder of a kept teacher
     images: Images | None = None,  # images it is to teach on; a card that contradicts them is refused
@@ -190,11 +230,7 @@ def load_teacher(
     if images and card["classes"] != list(images.classes):
         raise BadInput(f"the teacher in {folder} knows the classes {card['classes']}, the data has "
                        f"{list(images.classes)}")
-    if images:
-        unit = "unit" if "unit" in images.table else "patient"
-        if known := set(card.get("seen", ())) & name_digests(images.table, "test", columns=(unit,)):
-            raise BadInput(f"the teacher in {folder} has seen {len(known)} of this split's test patients; train one "
-                           "on this split (or rename patients, if others bear the same names)")
+    if images: check_strangers(folder, card, images)
     kept = folder/"weights.safetensors"
     if kept.exists() and file_digest(kept) != card.get("weights", file_digest(kept)):
         raise BadInput(f"{kept} is not the file that its card.json was written for; train the teacher anew")
@@ -318,6 +354,7 @@ def keep_teacher(
     card = {**net.card, **made_by, "id": folder.name, "weights": file_digest(folder/"weights.safetensors"),
             "seen": sorted(name_digests(images.table, "train", "valid")), "seconds": seconds,
             **describe(net, images, history)}
+    write_whole(folder/"seen.txt", "\n".join(sorted(picture_digests(images, "train", "valid"))) + "\n")
     write_whole(folder/"history.csv", history.to_csv(index=False))
     write_whole(folder/"card.json", json.dumps(card, indent=1))
 

@@ -38,22 +38,24 @@ def run(folder, **given):
 def test_one_point_on_real_images(tmp_path):
     nets = "kdnb_mobilenetv1_025,kdnb_mobilenetv1_025"
     done = run(tmp_path, data=SHARED/"glas"/"labels.csv", weights=SHARED/"weights", size=32, steps=4, teacher_steps=2, k=2,
-               teachers=nets, poor="kdnb_mobilenetv1_025", rules="mean,accuracy", taught="mean,camkd", method="kd")
+               teachers=nets, poor="kdnb_mobilenetv1_025", rules="mean,entropy calibrated", taught="mean,camkd calibrated", method="kd")
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path/"home"/"results"/"latest.json").read_text())
     panel = ["kdnb_mobilenetv1_025", "kdnb_mobilenetv1_025, seed 1", "kdnb_mobilenetv1_025 (poor)"]
     assert record["panel"] == panel and record["host"] == panel[0] and len({t["id"] for t in record["teachers"]}) == 3
     honest, poor = ({t["data"] for t in part} for part in (record["teachers"][:2], record["teachers"][2:]))
     assert len(honest) == 1 and not honest & poor  # wrong labels are other data
-    said = {"ensemble: mean", "ensemble: accuracy", "kd: mean", "kd: camkd", *(f"teacher {n}" for n in panel)}
+    said = {"ensemble: mean", "ensemble: entropy calibrated", "kd: mean", "kd: camkd calibrated", *(f"teacher {n}" for n in panel)}
     assert {(r["method"], r["split"]) for r in record["rows"]} == {(n, side) for n in said for side in ("valid", "test")}
-    assert record["shares"].keys() == {"mean", "accuracy", "camkd"} and record["timings"].keys() == {"kd: mean", "kd: camkd"}
+    assert record["shares"].keys() == {"mean", "entropy calibrated", "camkd calibrated"}
+    assert record["timings"].keys() == {"kd: mean", "kd: camkd calibrated"} and record["temperatures"].keys() == set(panel)
+    assert record["needs"]["kd: camkd calibrated"] == ["labels"]
     assert all(len(w) == 3 and abs(sum(w) - 1) < 1e-4 for w in record["shares"].values())
     assert not list((tmp_path/"home"/"cache"/"runs").glob("*"))
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (dict(rules="mean,camkd"), "rules='camkd' is not accepted"), (dict(taught="meen"), "Did you mean 'mean'"),
+    (dict(rules="mean,camkd"), "rules='camkd' is not accepted"), (dict(taught="meen"), "Did you mean 'mean'"), (dict(taught="mean calm"), "'mean calibrated'"),
     (dict(poor="mobilenet_v9"), "net='mobilenet_v9' is not known"), (dict(wrong=1.5), "wrong=1.5 is not accepted"),
     (dict(teachers=""), "accepted are one or more, the host first")])
 def test_what_is_refused(wrong, says):

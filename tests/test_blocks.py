@@ -306,3 +306,56 @@ def test_tokens_are_no_maps():
     with pytest.raises(BadInput, match=four + r" and \[32, 32, 32, 32\]"): align(vit, coarser)
     with pytest.raises(BadInput, match=f"{four} and {four} .*1 no patches.*4 no patches"):
         align(vit, made("test_vit", 2, reg_tokens=3, dynamic_img_size=True))
+
+
+# maps of equal strides and other sides
+
+def sides(blocks, size):
+    with torch.no_grad(): return [o.shape[-1] if o.ndim == 4 else o.shape[1] for o in blocks.outputs(images(1, size))[:-1]]
+
+
+@pytest.mark.parametrize(("host", "student"), [("resnet10t", "kdnb_squeezenet1_0"), ("kdnb_squeezenet1_0", "kdnb_mobilenetv1_025")])
+def test_a_pair_whose_maps_never_agree_is_refused_with_strides_and_sides(host, student):
+    both = [made(n, 2) for n in (host, student)]
+    measured = {"kdnb_squeezenet1_0": ([2, 4, 8, 16], [29, 14, 7, 3])}
+    said = [measured.get(n, ([2, 4, 8, 16, 32], [32, 16, 8, 4, 2])) for n in (host, student)]
+    with pytest.raises(BadInput) as e: align(*both, size=64)
+    (one, here), (two, there) = said
+    assert f"strides are {one} and {two} " in str(e.value) and f"at 64 px sides have {here} and {there} places" in str(e.value)
+    assert align(*both)[0].strides == [2, 4, 8, 16, 0], "by stride alone they have all boundaries in common"
+    assert [len(align(b, b, size=64)[0]) for b in both] == [len(s) + 1 for s, _ in said]
+
+
+@pytest.mark.parametrize("host", [n for n in SMALL if "squeezenet" not in n])
+@pytest.mark.parametrize("size", [48, 64])
+def test_aligned_at_a_size_all_maps_agree(small, host, size):
+    for student in SMALL:
+        if "squeezenet" in student: continue
+        a, b = align(small[host][1], small[student][1], size=size)
+        assert sides(a, size) == sides(b, size) and a.strides == b.strides and len(a) >= 4
+        free = align(small[host][1], small[student][1])
+        assert size == 48 or (a.names, b.names) == (free[0].names, free[1].names), "at 64 px nothing is lost"
+
+
+@pytest.mark.parametrize(("size", "last"), [(64, 32), (112, 16), (224, 32), (48, 16)])
+def test_a_boundary_that_does_not_fit_is_given_up(small, size, last):
+    "Where 7 places become 3 in one network and 4 in the other."
+    (net, host), student = small["kdnb_densenet_small"], small["test_resnet"][1]
+    a, b = align(host, student, size=size)
+    assert a.strides[-2] == b.strides[-2] == last and sides(a, size) == sides(b, size)
+    with torch.no_grad(): assert torch.equal(a(images(1, size)), net(images(1, size)))
+
+
+def test_measuring_leaves_no_trace():
+    net = build("test_resnet", 2, seed=0)
+    net.layer1.eval()
+    before, modes, state = copy.deepcopy(net), [m.training for m in net.modules()], torch.get_rng_state()
+    align(net, net, size=48)
+    assert state_equal(net, before) and modes == [m.training for m in net.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_vit_is_measured_at_the_size_it_insists_on():
+    vit = lambda n: timm.create_model("vit_tiny_patch16_224", num_classes=2, depth=4, img_size=n)
+    assert len(align(vit(32), build("test_vit", 2), size=64)[0]) == 5
+    with pytest.raises(BadInput, match="32 px only, the other 48 px"): align(vit(32), vit(48), size=64)

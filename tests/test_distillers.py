@@ -1,18 +1,26 @@
 "Every loss by other means and against references; every method on one small lesson: learns, repeats, resumes."
 import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nbformat.v4 import new_code_cell, new_notebook
 
-from kdnb import distillers, losses, train
+from kdnb import distillers, losses, neighbours, train
 from kdnb.core import BadInput
-from kdnb.distillers import FAMILIES, catalogue, make_lesson, study
+from kdnb.distillers import FAMILIES, catalogue, make_lesson, study, to_targets, train_student
 from kdnb.features import beside, counterparts, put_head_back
 from kdnb.grafting import Lesson
-from kdnb.methods import METHODS, ROOMS, family, find_method, lacks
+from kdnb.methods import METHODS, ROOMS, SOURCES, family, find_method, lacks
+from kdnb.neighbours import UNSEEN
 from kdnb.nets import build, freeze, normalise
 from kdnb.teacher import FUSION_SCORE, HOST_SCORE, Teacher
 from kdnb.train import generator, predict
@@ -40,7 +48,7 @@ def ours():
         "distance_gap": losses.distance_gap(E_S, E_T), "angles": losses.angles(E_S)[0, 1],
         "angle_gap": losses.angle_gap(E_S, E_T), "decoupled_kl": losses.decoupled_kl(Z_S, Q),
         "decoupled_kl, labels": losses.decoupled_kl(Z_S, Q, Y, 2., weight=torch.tensor([2., 1., 1., 0.])),
-        "gap_weights": losses.gap_weights(E_S[1:], E_T[1:]),
+        "gap_weights": losses.gap_weights(E_S[1:], E_T[1:]), "fed_back": losses.fed_back([Z_S, Z_T, 2*Z_S]),
     }
 
 
@@ -60,6 +68,7 @@ FROZEN = {
     "decoupled_kl": 0.908053714,
     "decoupled_kl, labels": 0.832287485,
     "gap_weights": [0.67473056, 0.816526043, 1.508743398],
+    "fed_back": 0.315077643,
 }
 
 
@@ -94,6 +103,8 @@ def by_numpy():
         return tau**2*(kl([q[c], 1 - q[c]], [p[c], 1 - p[c]]) + 8*inside)
 
     apart = np.linalg.norm(unit(e_s[1:]) - unit(e_t[1:]), axis=1)
+    said = [softmax(z/4) for z in (z_s, z_t, 2*z_s)]
+    together = sum(said)/3
     weighed = [w*parts(z, t, c, 2.) for z, t, c, w in zip(z_s, q, y, [2, 1, 1, 0], strict=True)]
     return {
         "soften": softmax(z_s/4)[0], "soft_kl": soft, "hard_ce": hard, "kd_loss": .7*soft + .3*hard,
@@ -102,6 +113,7 @@ def by_numpy():
         "distance_gap": huber(far(e_s) - far(e_t)), "angles": bent(e_s)[0, 1], "angle_gap": huber(bent(e_s) - bent(e_t)),
         "decoupled_kl": np.mean([parts(z, t, t.argmax(), 4.) for z, t in zip(z_s, q, strict=True)]),
         "decoupled_kl, labels": np.mean(weighed), "gap_weights": apart/apart.mean(),
+        "fed_back": 16*sum(np.mean([kl(a, b) for a, b in zip(together, p, strict=True)]) for p in said),
     }
 
 
@@ -226,6 +238,8 @@ def test_a_method_learns_repeats_and_resumes(lesson, name, tmp_path, monkeypatch
 def test_methods_are_marked(lesson, name):
     f = find_method(name)
     assert f.__doc__ and f.source and family(name) in FAMILIES
+    for mark in f.source.split("; "):
+        assert mark in ("A", "H", "R textbook") or mark.endswith(f"({UNSEEN})") or mark.removeprefix("R ") in SOURCES
     if "labels" in f.needs:
         assert "labelled shots" in lacks(name, "pretrained")
         with pytest.raises(BadInput, match="needs labelled shots"): f(lesson)
@@ -252,6 +266,38 @@ def test_finetune_starts_from_pretrained_weights(lesson):
     make = lambda start: starts.append(start) or lesson.make(start)
     find_method("finetune")(replace(of(lesson, "finetune"), make=make, steps=2))
     assert starts == ["pretrained"]
+
+
+def same_bits(one, other):
+    return all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["copied_finetune", "copied_kd"])
+def test_copies_of_the_same_architecture_begin_as_the_host(lesson, name):
+    idle = replace(of(lesson, name), make=lambda start: build("resnet10t", 2, seed=3))
+    idle.steps = 0
+    taught, x = find_method(name)(idle), lesson.inputs()
+    assert torch.equal(taught.net(x), lesson.host(x)) and not torch.equal(idle.fresh()(x), lesson.host(x))
+
+
+def test_a_tutor_that_stands_still_is_a_fixed_target(lesson, monkeypatch):
+    "Bit by bit where no gradient is cut: the length that is cut to counts the tutor's gradient too."
+    monkeypatch.setattr(neighbours, "TUTOR_RATE", 0.)
+    monkeypatch.setattr(train, "CLIP", float("inf"))
+    brief, host = replace(lesson, steps=4), copy.deepcopy(lesson.host).train()
+
+    def both(z, rows):
+        with torch.no_grad(): said = losses.soften(host(brief.inputs(rows)))
+        return to_targets(brief)(z, rows) + losses.soft_kl(z, said)
+
+    assert same_bits(find_method("dynamic")(brief).net, train_student(brief, "fixed", None, both).net)
+
+
+@pytest.mark.parametrize("name, count", [("interactive", "ASSISTANTS"), ("exits", "EXITS")])
+def test_nobody_beside_the_student_is_plain_distillation(lesson, name, count, monkeypatch):
+    monkeypatch.setattr(neighbours, count, 0)
+    alone, plain = (find_method(n)(replace(lesson, steps=4)).net for n in (name, "kd"))
+    assert (alone(lesson.inputs()) - plain(lesson.inputs())).abs().max() < 1e-5
 
 
 def test_all_methods_see_the_same_rows(lesson):
@@ -316,6 +362,42 @@ def test_teachers_of_another_order_of_classes_are_refused():
     assert len(teach(["a", "b"], ["a", "b"])[0].views) == 16
     with pytest.raises(BadInput, match=r"teacher 1 .* tells apart b, a; .* its logits fit as z\[:, \[1, 0\]\]"):
         teach(["a", "b"], ["b", "a"])
+
+
+MINE = """
+import kdnb.methods, kdnb.run
+from kdnb.core import listed
+p = kdnb.run.check_parameters(globals(), baselines=listed("baselines", kdnb.methods.METHODS))
+import torch
+from kdnb.grafting import Lesson
+from kdnb.nets import build
+from kdnb.results import new_record, save_record
+x, q = torch.randint(256, (8, 3, 32, 32)).byte(), torch.full((8, 2), .5)
+lesson = Lesson(x, q, 4., build("test_resnet", 2, seed=0).eval(), lambda s: build("test_resnet", 2), steps=2, lr=1e-3)
+lost = {b: kdnb.methods.find_method(b)(lesson).history.loss.iloc[-1] for b in p.baselines}
+rows = [dict(method=b, split="test", level="image", metric="nll", value=float(v), n=8) for b, v in lost.items()]
+save_record(new_record("run_mine.ipynb", parameters={n: globals()[n] for n in vars(p)}, resolved=vars(p), data="d",
+                       protocol="patients", source="synthetic", split="s", device="cpu", seconds=1., rows=rows))
+"""
+
+
+def test_a_method_of_ones_own_in_a_grid(root, tmp_path):
+    "The notebook's last section, followed: its cell is exported, and its name stands in a grid."
+    cells = nbformat.read(root/"nbs"/"70_distillers.ipynb", 4).cells
+    own = next(c.source for c in cells if c.cell_type == "code" and "def logit_mse" in c.source)
+    shutil.copytree(root/"kdnb", tmp_path/"kdnb", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path/"kdnb"/"distillers.py", "a") as f: f.write("\n\n" + own)
+    first = new_code_cell('baselines: str = "kd"  # methods', metadata={"tags": ["parameters"]})
+    check, work = MINE.split("import torch", 1)
+    spec = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    cells = [first, new_code_cell(check), new_code_cell("import torch" + work)]
+    nbformat.write(new_notebook(cells=cells, metadata=spec), tmp_path/"run_mine.ipynb")
+    (tmp_path/"grid.toml").write_text('notebook = "run_mine.ipynb"\n[axes]\nbaselines = ["kd,logit_mse"]\n')
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "KDNB_HOME": str(tmp_path/"home"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", "import kdnb.grids as g; g.main()", "grid.toml"], cwd=tmp_path, env=env,
+                         capture_output=True, text=True)
+    records = [json.loads(f.read_text()) for f in (tmp_path/"home"/"results"/"runs").glob("*.json")]
+    assert run.returncode == 0 and [r["method"] for r in records[0]["rows"]] == ["kd", "logit_mse"], run.stdout + run.stderr
 
 
 def test_the_room_of_all_methods():

@@ -240,6 +240,36 @@ def test_published_entropy_weights():
     torch.testing.assert_close(fuse(Z, "entropy", as_published=True)[1], (1 - h / h.sum(0)) / 3)
 
 
+def test_a_partial_bears_the_marks_of_its_rule():
+    "Needs, published scale and name, however often it is wrapped."
+    weighted, labelled = partial(fusion.accuracy), partial(partial(fusion.camkd))
+    assert needs(weighted) == ("scores",) and needs(labelled) == ("labels",) and without_labels(labelled) == "mean"
+    assert fusion.published_scale(labelled, 3) == pytest.approx(1/3) and fusion.rule_name(labelled) == "camkd"
+    with pytest.raises(BadInput, match="'accuracy' needs scores"): fuse(Z, weighted)
+    with pytest.raises(BadInput, match="'camkd' needs labels"): fuse(Z, labelled)
+    with pytest.raises(BadInput, match="'camkd' divides"): fuse(Z[:1], labelled, labels=LABELS, as_published=True)
+    ours, theirs = (fuse(Z, r, labels=LABELS, as_published=True) for r in ("camkd", labelled))
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+# ---- who shouts
+
+def test_tempered():
+    z = fusion.tempered(Z, [1., 2., .5])
+    assert torch.equal(z, torch.stack([Z[0], Z[1]/2, Z[2]*2])) and torch.equal(fusion.tempered(list(Z), [1]*3), Z)
+    with pytest.raises(BadInput, match="2 temperatures for 3 teachers"): fusion.tempered(Z, [1, 2])
+    with pytest.raises(BadInput, match="temperature=0"): fusion.tempered(Z, [1, 0, 1])
+    assert [fusion.spoken(r) for r in ("entropy calibrated", "mean")] == [("entropy", True), ("mean", False)]
+
+
+@pytest.mark.parametrize("name", ["confident", "entropy"])
+def test_a_loud_teacher_is_heard_less_once_calibrated(name):
+    "The second teacher is the first, six times as loud: at its temperature both say the same."
+    z = torch.stack([Z[0], 6*Z[0]])
+    shares = [fuse(v, name)[1][1].mean() for v in (z, fusion.tempered(z, [1, 6]))]
+    assert shares[0] > .7 and shares[1] == pytest.approx(.5)
+
+
 # ---- choosing
 
 def test_rules_are_tried_without_labels(rules):
@@ -271,6 +301,7 @@ def test_same_classes():
         ({"net": "x"}, "classes=None"), ({"classes": 3}, "classes=3"), (["a", "a", "b"], "different class names"),
     ]:
         with pytest.raises(BadInput, match=says): same_classes([Taught(), other])
+    with pytest.raises(BadInput, match="no teachers were passed"): same_classes([])
 
 
 def test_own_rules(rules):
@@ -301,6 +332,10 @@ def test_unlabelled_shots_are_refused(name):
     (lambda t: torch.zeros(3, 6), "all 0"),
     (lambda t: (t.z.mean(0), torch.ones(3)), "were logits passed"),
     (lambda t: (t.p[0, :2], torch.ones(3)), "differ in shape"),
+    (lambda t: None, "returned NoneType; accepted are weights"),
+    (lambda t: (t.p[0], torch.ones(3), 1), "returned Tensor, Tensor, int"),
+    (lambda t: "mean", "returned str"), (lambda t: ("mean", torch.ones(3)), "returned str, Tensor"),
+    (lambda t: (t.p[0], None), "returned Tensor, NoneType"), (lambda t: ["a", "b", "c"], "weights that are no numbers"),
 ])
 def test_own_rules_that_are_wrong(own, says):
     with pytest.raises(BadInput, match=says): fuse(Z, own)
@@ -314,7 +349,11 @@ def test_own_rules_that_are_wrong(own, says):
     (dict(scores=[.9, float("nan"), .7]), "nan"),
     (dict(scores=[.9, None, .7]), "None"),
     (dict(scores=[0, 0, 0]), "all 0"),
-    (dict(scores=SCORES, gamma=-1), "gamma=-1"),
+    (dict(scores=SCORES, gamma=-1), "gamma=-1"), (dict(scores=SCORES, gamma=True), "gamma=True"),
+    (dict(rule=partial(aekd, bound=True)), "bound=True"),
+    (dict(logits="abc", rule="mean"), "logits hold str"), (dict(logits=None, rule="mean"), "logits hold NoneType"),
+    (dict(logits=[Z[0], None], rule="mean"), r"logits hold NoneType; accepted are numbers of shape \(teachers"),
+    (dict(logits=Z + 0j, rule="mean"), "logits hold torch.complex128"),
     (dict(scores=SCORES, temperature=0), "temperature=0"),
     (dict(logits=Z[0], rule="mean"), r"shape \(6, 4\)"),
     (dict(logits=Z[:0], rule="mean"), r"shape \(0, 6, 4\)"),

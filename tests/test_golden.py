@@ -32,6 +32,9 @@ def values() -> dict:
         "losses.soft_kl tau 1": losses.soft_kl(Z_S, losses.soften(Z_T[0], 1.), 1.),
         "losses.hard_ce": losses.hard_ce(Z_S, Y), "losses.kd_loss": losses.kd_loss(Z_S, q, Y, alpha=.7),
         "losses.logit_direction": losses.logit_direction(Z_S, Z_T[0]), "losses.block_mse": losses.block_mse(f, 2 * f),
+        "losses.attention_gap": losses.attention_gap(f, f.flip(0)), "losses.gap_weights": losses.gap_weights(Z_S, Z_T[0]),
+        "losses.distance_gap": losses.distance_gap(Z_S, Z_T[0]), "losses.angle_gap": losses.angle_gap(Z_S, Z_T[0]),
+        "losses.decoupled_kl": losses.decoupled_kl(Z_S, q), "losses.fed_back": losses.fed_back([Z_S, *Z_T]),
         "metrics.agreement": metrics.agreement(P, P[::-1]), "metrics.auroc, two classes": metrics.auroc(Y_P[:5], two),
         "metrics.interval": metrics.interval("image_accuracy", Y_P, P, PATIENTS, draws=50),
     }

@@ -2,13 +2,14 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdnb import grafting, train
+from kdnb import distillers, grafting, train
 from kdnb.core import BadInput
 from kdnb.distillers import family, find_method
 from kdnb.frozen import Budget
@@ -262,12 +263,57 @@ def test_the_direction_of_logits_is_warned_of_at_two_classes():
     with pytest.warns(UserWarning, match="two classes"): graft_student(lesson_of(loss="direction"))
 
 
-def test_netgraft_takes_its_settings_from_the_release(monkeypatch):
+def test_a_finer_graft_has_more_blocks_and_ends_in_the_same_network():
+    host, make = freeze(build("regnetx_002", 2, seed=0)), lambda start: build("regnetx_002", 2, seed=1)
+    lesson = replace(lesson_of(per_stage=2), host=host, make=make)
+    taught = graft_student(lesson)
+    assert len(taught.life) == 2*8 - 1 and taught.splices == 0, "stem, four stages of 1, 1, 4 and 7 steps, head"
+    assert len(graft_student(replace(lesson, options={})).life) == 2*6 - 1
+    build("regnetx_002", 2).load_state_dict(taught.net.state_dict())
+    for bad in (0, 1.5):
+        with pytest.raises(BadInput, match=f"per_stage={bad}.*whole number from 1"): replace(lesson, options={"per_stage": bad})
+
+
+def test_netgraft_trains_as_the_release_did(monkeypatch):
     seen = {}
-    monkeypatch.setattr("kdnb.distillers.graft_student", lambda lesson: seen.update(lr=lesson.lr, **lesson.options))
-    find_method("netgraft")(lesson_of())
-    assert seen["lr"] == pytest.approx(2.5e-4*8/64) and seen["adapter_rate"] == 10 and seen["schedule"] == "constant"
-    assert seen["lr"]*64/8*seen["stage2_rate"] == pytest.approx(1e-4)
+
+    class Seen(Fit):
+        def __init__(self, net, loss, steps, lr, **more):
+            block, adapter = (lr*more["rates"](f"span.0.{part}.weight") for part in (1, 2))
+            seen[more["name"][:7]] = block, adapter, more["decay"], more["schedule"]
+            super().__init__(net, loss, steps, lr, **more)
+
+    monkeypatch.setattr(grafting, "Fit", Seen)
+    with pytest.warns(UserWarning, match="two classes"): find_method("netgraft")(lesson_of())
+    rate = 2.5e-4*8/64
+    assert seen["stage 1"] == (pytest.approx(rate), pytest.approx(10*rate), 0, "constant")
+    assert seen["stage 2"] == (pytest.approx(1e-4), pytest.approx(1e-4), 0, "constant")
+
+
+@pytest.mark.parametrize("positions", ["", "2,3"])
+def test_where_merging_turns_out_inexact_the_maps_stay(monkeypatch, positions):
+    "A merge that was right block by block but is not on the whole is taken back."
+    from kdnb import students
+    real, folded = grafting.merge_maps, students.fold_inside
+
+    def merged(blocks, maps, x):
+        splices = real(blocks, maps, x)
+        for p in blocks[2].parameters(): p.mul_(1.01)
+        return splices
+
+    def inside(graft, x):
+        folded(graft, x)
+        for p in graft.parts[2][1].parameters(): p.mul_(1.01)
+
+    monkeypatch.setattr(grafting, "merge_maps", merged)
+    monkeypatch.setattr(students, "fold_inside", inside)
+    lesson = lesson_of(positions=positions)
+    student = lesson.make("random")
+    graft = Graft(lesson.host, student, positions=positions)
+    x = lesson.inputs()
+    with torch.no_grad(): wanted = graft.eval().hybrid(0, len(graft) - 1)(x)
+    net, splices = merge(graft, student, x)
+    assert splices == 4 and (net(x) - wanted).abs().max() < 1e-5*wanted.abs().max()
 
 
 def test_an_inherited_student_starts_from_its_host():
@@ -343,3 +389,13 @@ def test_blocks_in_processes_of_their_own_end_with_the_same_weights(one_thread):
     with pytest.raises(BadInput, match="processes=2: one to a GPU"): replace(lesson_of(), device="cuda", processes=2)
     with pytest.raises(FloatingPointError, match="stage 1 block .*learning rate"):
         graft_student(replace(lesson_of(lr=1e30), processes=2))
+
+
+def test_distil_starts_and_teaches_by_what_did_best(monkeypatch):
+    monkeypatch.setattr(distillers, "make_lesson", lambda *given, start, **more: (start, None))
+    monkeypatch.setattr(distillers, "find_method", lambda name: lambda start: (name, start))
+    told = lambda **more: distillers.distil([SimpleNamespace(card={"classes": ["a", "b"]})], None, **more)
+    assert told() == ("graft", "inherited") and told(start="random") == ("graft", "random")
+    assert told(weights="folder") == told(pretrained=True) == ("graft_translated", "pretrained")
+    assert told(method="kd", weights="folder", start="inherited") == ("kd", "inherited")
+    with pytest.raises(BadInput, match="start='copied'"): told(start="copied")

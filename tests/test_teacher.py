@@ -11,10 +11,13 @@ import torch
 
 from kdnb import finetune, train
 from kdnb.core import BadInput, resolve_preset
-from kdnb.data import ImageStore
+from kdnb.data import ImageStore, random_symmetry
+from kdnb.distillers import make_lesson
 from kdnb.finetune import Course, Curves, Recipe, depths, fine_tune, head_names, layer_rates, read_recipe
-from kdnb.nets import build, save_net, timm
-from kdnb.teacher import Images, load_teacher, start_of, train_teacher
+from kdnb.losses import soften
+from kdnb.nets import build, normalise, save_net, timm
+from kdnb.stain import random_hed
+from kdnb.teacher import Images, calibrated_logits, load_teacher, start_of, train_teacher
 from kdnb.train import Checkpoint, advance, generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,6 +170,46 @@ def test_curves(monkeypatch, tmp_path, easy):
     assert [(v, s) for n, v, s in told if n == "score"] == list(zip(history.score, history.step, strict=True))
 
 
+def test_tensorboard_reads_back_what_was_written(tmp_path, easy):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    history = fine_tune(build("test_resnet", 2, seed=0), easy, log=Curves(tmp_path))
+    read = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("loss", "score"):
+        told = read.Scalars(name)
+        assert [e.step for e in told] == history.step.tolist()
+        np.testing.assert_allclose([e.value for e in told], history[name], rtol=1e-6)
+
+
+# ---- what a step sees and what it costs
+
+def test_a_step_sees_symmetries_and_stains_at_once(easy, monkeypatch):
+    seen, recipe = [], Recipe(hed=.3)
+    monkeypatch.setattr(finetune, "view", lambda x, net, device: seen.append(x) or normalise(x, net.card))
+    course = replace(easy, recipe=recipe, seed=3)
+    finetune.phase_loss(build("test_resnet", 2, seed=0), course, 0)(4)
+    plain = course.x[course.rows(4)]
+    turned = random_symmetry(plain, generator(3, 4, 1))
+    assert torch.equal(seen[0], random_hed(turned, generator(3, 4, 3), .3))
+    alone = [finetune.augmented(plain, replace(recipe, **o), 4, 3) for o in (dict(hed=0.), dict(symmetries=False))]
+    assert torch.equal(alone[0], turned) and not any(torch.equal(a, b) for a, b in ((turned, plain), *((seen[0], x) for x in alone)))
+
+
+def test_smoothing_and_class_weights_by_hand():
+    "Of the first class says the net .75, of the second .25; ln(4/3) = .287682, ln 4 = 1.386294."
+    z, y = torch.tensor([[3., 1.], [3., 1.]]).log(), torch.tensor([0, 1])
+    take = lambda *a: finetune.criterion(z, y, *a).item()
+    assert take() == pytest.approx((.287682 + 1.386294)/2, abs=1e-6)
+    assert take(torch.tensor([1., 3.])) == pytest.approx((.287682 + 3*1.386294)/4, abs=1e-6)
+    one = finetune.criterion(z[:1], y[:1], None, .1).item()
+    assert one == pytest.approx(.95*.287682 + .05*1.386294, abs=1e-6)  # .1 spread over both classes
+    weight = finetune.class_weights(torch.tensor([0, 0, 0, 1]), 2)
+    assert (weight[1]/weight[0]).item() == pytest.approx(3)
+    course = lambda balance: Course(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 0, 0, 1]),
+                                    torch.zeros(2, 3, 32, 32, dtype=torch.uint8), np.array([0, 1]), 2, SMALL, Recipe(balance=balance))
+    assert torch.equal(course("weights").weight, weight) and course("none").weight is course("sampling").weight is None
+
+
 # ---- teachers
 
 def test_a_killed_teacher_is_gone_on_with_and_its_time_is_not_known(images, tmp_path, monkeypatch):
@@ -277,3 +320,37 @@ def test_what_is_refused(images, tmp_path):
     with pytest.raises(BadInput, match="not the file that its card.json was written for"): load_teacher(teacher.folder)
     (teacher.folder/"weights.safetensors").unlink()
     with pytest.raises(BadInput, match="is not there"): load_teacher(teacher.folder)
+
+
+def test_renamed_patients_and_silent_cards_are_refused(images, tmp_path):
+    "A test picture is known by its file as well; a card that does not say whom its teacher has seen is believed nothing."
+    teacher = train_teacher("test_resnet", images, SMALL, home=tmp_path)
+    swap = {"train": "test", "valid": "valid", "test": "train"}
+    other = replace(images, table=images.table.assign(split=images.table.split.map(swap), patient=images.table.patient + "x"))
+    with pytest.raises(BadInput, match="has seen 12 of this split's test images"): load_teacher(teacher.folder, other)
+    both = images.table.assign(split=["train", "test"]*12)  # a leak of the protocol's own, not of this teacher
+    twice = types.SimpleNamespace(digests=[images.store.digests[i//2] for i in range(24)])
+    load_teacher(teacher.folder, replace(images, store=twice, table=both.assign(patient="new")))
+    card = json.loads((teacher.folder/"card.json").read_text())
+    (teacher.folder/"card.json").write_text(json.dumps({k: v for k, v in card.items() if k != "seen"}))
+    assert load_teacher(teacher.folder).card["net"] == "test_resnet"  # nothing is asked without images
+    with pytest.raises(BadInput, match="does not say whom its teacher has seen"): load_teacher(teacher.folder, images)
+
+
+def test_calibrated_logits(images, tmp_path):
+    teacher, x = train_teacher("test_resnet", images, SMALL, home=tmp_path), images.side("test")[0]
+    teacher.card["temperature"] = 2.5
+    assert torch.equal(calibrated_logits(teacher, x), teacher.logits(x)/2.5)
+    assert np.allclose(teacher.probabilities(x), torch.softmax(calibrated_logits(teacher, x).double(), -1))
+    make = lambda start: build("test_resnet", 2, seed=1)
+    plain, warm = (make_lesson([teacher], x, make, rule="mean", tau=1., steps=1, lr=.1, calibrated=c)[0] for c in (False, True))
+    z = teacher.logits(plain.views)
+    assert torch.equal(plain.targets, soften(z, 1.)) and torch.equal(warm.targets, soften(z/2.5, 1.))
+    del teacher.card["temperature"]
+    with pytest.raises(BadInput, match="has no temperature"): calibrated_logits(teacher, x)
+
+
+def test_a_missing_picture_is_refused_by_its_name(images, tmp_path):
+    table = images.table.assign(path=[*images.table.path[:-1], str(tmp_path/"gone.png")])
+    with pytest.raises(BadInput, match=r"gone.png: the table names this image, but it cannot be read \(No such file"):
+        ImageStore(table, 32, tmp_path)
