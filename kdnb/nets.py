@@ -357,7 +357,7 @@ def save_net(
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     remade(card_of(net), state, type(net).__name__)
     card = json.dumps(card_of(net), sort_keys=True)
-    with writing(path) as tmp: safetensors.torch.save_file(state, tmp, metadata={"format": "pt", "kdnb_card": card})
+    with writing(path) as tmp: safetensors.torch.save_file(state, tmp, metadata={"kdnb_card": card})
     return Path(path)
 
 # %% ../nbs/20_nets.ipynb #f23bbc78

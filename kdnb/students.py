@@ -171,7 +171,7 @@ def save_student(
     if not isinstance(net, Spliced | Partial): return save_net(net, path)
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     with writing(path) as tmp:
-        save_file(state, tmp, metadata={"format": "pt", "kdnb_card": json.dumps(net.card, sort_keys=True)})
+        save_file(state, tmp, metadata={"kdnb_card": json.dumps(net.card, sort_keys=True)})
     return Path(path)
 
 
