@@ -395,7 +395,7 @@ def test_distil_starts_and_teaches_by_what_did_best(monkeypatch):
     monkeypatch.setattr(distillers, "make_lesson", lambda *given, start, **more: (start, None))
     monkeypatch.setattr(distillers, "find_method", lambda name: lambda start: (name, start))
     told = lambda **more: distillers.distil([SimpleNamespace(card={"classes": ["a", "b"]})], None, **more)
-    assert told() == ("graft", "inherited") and told(start="random") == ("graft", "random")
+    assert told() == ("graft", "inherited") and told(start="random") == ("graft_translated", "random")
     assert told(weights="folder") == told(pretrained=True) == ("graft_translated", "pretrained")
     assert told(method="kd", weights="folder", start="inherited") == ("kd", "inherited")
     with pytest.raises(BadInput, match="start='copied'"): told(start="copied")
