@@ -21,6 +21,7 @@ from kdnb import archive
 from kdnb.archive import download, fetch, main, part_state
 from kdnb.core import BadInput
 
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background hears none
 NAMES = [f"SOB_B_A-14-22549AB-40-{i:03d}.png" for i in range(1, 4)] + ["SOB_M_DC-14-2523-400-010.png"]
 KINK = 70_000  # bytes after which a server hangs up: more than one piece, so that a part stays
 
@@ -489,7 +490,7 @@ def test_two_at_once(tmp_path):
 # ---- killed
 
 def child(code, *args):
-    return subprocess.Popen([sys.executable, "-c", f"from kdnb import archive\n{code}\narchive.main({list(args)!r})"],
+    return subprocess.Popen([sys.executable, "-c", f"{LISTEN}from kdnb import archive\n{code}\narchive.main({list(args)!r})"],
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

@@ -17,6 +17,7 @@ from kdnb.audit import check_folds, contradiction, fold_sizes, index, look, read
 from kdnb.core import MAGS, BadInput
 from kdnb.data import image_path, parse_name, slides
 
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background hears none
 SHARED = Path(__file__).resolve().parent.parent.parent/"shared"/"data"
 SAMPLES, FOLDS, GLAS = SHARED/"breakhis_samples", SHARED/"breakhis_folds", SHARED/"glas"
 A, B, C = "SOB_B_A-14-22549AB-40-001.png", "SOB_B_F-14-14134E-400-007.png", "SOB_M_DC-14-2523-400-010.png"
@@ -612,7 +613,7 @@ def test_interrupted_by_the_user(tmp_path):
     code = ("import time\nfrom kdnb import archive, audit\n"
             "real = audit.look\naudit.look = lambda p: (print('.', flush=True), time.sleep(.2), real(p))[2]\n"
             f"archive.main(['verify', {str(tmp_path)!r}])")
-    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-c", LISTEN + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.readline()
     p.send_signal(signal.SIGINT)
     begun = time.monotonic()
