@@ -293,8 +293,8 @@ def make_lesson(
     return Lesson(views, q, tau, net, make, labels=y, device=device, **more), w
 
 # %% ../nbs/70_distillers.ipynb #6d6c5da1
-BEST = {"inherited": "graft", "pretrained": "graft_translated",  # grafts by start: which did best on validation
-        "random": "graft_translated"}  # patients in nbs/paper/study.ipynb
+BEST = {"inherited": "graft", "pretrained": "graft_translated",  # which graft did best on validation patients in
+        "random": "graft_translated"}  # nbs/paper/study.ipynb, by start; from "random" it tried this one only
 
 
 def distil(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VALID', 'FOLDS', 'EVA', 'PROTOCOLS', 'SPLITS', 'CAP', 'SHOTS', 'deal', 'choose_validation', 'catalogue', 'as_units',
            'Protocol', 'slide_sides', 'protocol_digest', 'check_split', 'split_digest', 'split_images', 'open_split',
-           'count_table', 'save_split', 'load_split', 'leakage', 'cover', 'draw_shots', 'shot_choice', 'shot_facts']
+           'count_table', 'save_split', 'load_split', 'leakage', 'cover', 'draw_shots', 'shot_choice', 'shot_facts',
+           'study_point']
 
 # %% ../nbs/12_protocols.ipynb #f1e12ca2
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import BadInput, MAGS, digest, magnification, one_of, user_path, write_whole
+from .core import BadInput, MAGS, digest, magnification, one_of, shared, user_path, write_whole
 from .data import TASKS, class_names, labelled, load_table, settle_double, slides
 
 # %% ../nbs/12_protocols.ipynb #cc53adfe
@@ -408,3 +409,21 @@ def shot_facts(
     who = _person(shots)
     each = shots.groupby("label").agg(images=("path", "size"), patients=(who, "nunique"))
     return {"images": len(shots), "patients": int(shots[who].nunique()), "classes": each.T.to_dict()}
+
+# %% ../nbs/12_protocols.ipynb #060d2758
+def study_point(
+    table: pd.DataFrame,  # image table of GlaS
+    split: int,  # split of the patients
+    draw: int,  # draw of the shots
+    k: int,  # shots per class
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # the table with sides, and the rows of the shots
+    "Patients and shots as `data/study_splits.csv` and `data/study_draws.csv` fixed them."
+    sides, draws = (pd.read_csv(shared("data")/f"study_{n}.csv", dtype=str) for n in ("splits", "draws"))
+    sides = sides[sides.split == str(split)].set_index("patient").side
+    if strange := set(table.patient) - set(sides.index): raise BadInput(f"this is not GlaS: no side for {strange}")
+    table = check_split(table.assign(split=table.patient.map(sides), unit=table.patient))
+    few = draws[(draws.split == str(split)) & (draws.draw == str(draw)) & (draws["rank"].astype(int) < k)]
+    table["name"] = [path.replace("\\", "/").split("/")[-1].split(".")[0] for path in table.path]
+    shots = table.set_index("name").loc[few.image.str.split(".").str[0]].reset_index()
+    if (shots.split != "train").any(): raise BadInput("a shot is no training image: these are other files than GlaS's")
+    return table, shots
