@@ -222,7 +222,7 @@ def finetune(lesson: Lesson) -> Taught:  # shots, views and labels
     return on_labels(lesson, "finetune", "pretrained")
 
 
-@method("labels", source="R Shen 2021", start="inherited")
+@method("labels", source="H", start="inherited")
 def copied_finetune(lesson: Lesson) -> Taught:  # shots, views and labels
     "A student with the host's own weights, where they fit, on the labels of the shots."
     return on_labels(lesson, "copied_finetune", "inherited")
@@ -234,7 +234,7 @@ def kd(lesson: Lesson) -> Taught:  # views and soft targets
     return train_student(lesson, "kd", None, to_targets(lesson))
 
 
-@method(source="R Hinton 2015", start="inherited")
+@method(source="H; R Hinton 2015", start="inherited")
 def copied_kd(lesson: Lesson) -> Taught:  # views and soft targets
     "A student with the host's own weights, where they fit, on the soft targets."
     return train_student(lesson, "copied_kd", "inherited", to_targets(lesson))
@@ -276,7 +276,7 @@ def make_lesson(
     host: str = "auto",  # name of the teacher that is grafted into
     rule: str = "accuracy",  # how the teachers' soft targets are integrated; see `fusion.RULES`
     gamma: float = GAMMA,  # exponent on the teachers' scores [unitless, >=0]  H
-    tau: float = TAU,  # temperature [unitless, >0]  R Hinton 2015
+    tau: float = TAU,  # temperature [unitless, >0]  R Zhang 2022
     device: str = "cpu",  # device to compute on
     jitters: int = 0,  # seeded stain jitters of every shot, beside its own colour
     calibrated: bool = False,  # whether teachers speak at the temperatures of their cards
@@ -350,7 +350,7 @@ def show_confusion(
     plt.close(fig)
     return fig
 
-# %% ../nbs/70_distillers.ipynb #606686e1
+# %% ../nbs/70_distillers.ipynb #7eef5513
 def show_verdicts(
     x: Tensor,  # images (N, 3, S, S) [uint8]
     y,  # class indices (N,)
@@ -359,7 +359,7 @@ def show_verdicts(
     says: dict,  # name -> probabilities (N, C)
     by: str,  # whose doubts choose the images
 ):  # matplotlib figure
-    "Four images `by` is least sure of, two it is half sure of, two it is surest of, with everyone's verdict."
+    "Four images whose truth `by` gives least, two from the middle of its order, the last two, with everyone's verdict."
     truth = {name: p[range(len(y)), y] for name, p in says.items()}
     order = truth[by].argsort()
     picked = [*order[:4], *order[len(y)//2:][:2], *order[-2:]]

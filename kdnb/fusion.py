@@ -202,7 +202,7 @@ def panel(
     scores: Tensor | Sequence | None = None,  # validation score of each teacher  (M,)  [0,1]
     labels: Tensor | Sequence | None = None,  # class indices  (N,)
     gamma: float = GAMMA,  # exponent on scores  [unitless, >=0]  H
-    temperature: float = TAU,  # softmax temperature of the targets  [unitless, >0]  R CA-MKD
+    temperature: float = TAU,  # softmax temperature of the targets  [unitless, >0]  R Zhang 2022
     student: Tensor | None = None,  # logits of a student, for rules that look at one  (N, C)
 ) -> Panel:  # what rules see
     "Check everything once and put it together for a rule."
@@ -223,7 +223,7 @@ def fuse(
     scores: Tensor | Sequence | None = None,  # validation score of each teacher  (M,)  [0,1]
     labels: Tensor | Sequence | None = None,  # class indices, for rules that need them  (N,)
     gamma: float = GAMMA,  # exponent on scores  [unitless, >=0]  H
-    temperature: float = TAU,  # softmax temperature of the targets  [unitless, >0]  R CA-MKD
+    temperature: float = TAU,  # softmax temperature of the targets  [unitless, >0]  R Zhang 2022
     student: Tensor | None = None,  # logits of a student, for rules that look at one  (N, C)
     as_published: bool = False,  # whether weights sum to what the published code gives them
 ) -> tuple:  # soft targets (N, C) on the simplex; weights (M,) or (M, N) that sum to one unless as published

@@ -19,12 +19,12 @@ from torch import Tensor
 from .core import BadInput
 
 # %% ../nbs/21_losses.ipynb #06cc707a
-TAU = 4.  # softmax temperature of soft targets  [unitless, >0]  R CA-MKD
+TAU = 4.  # softmax temperature of soft targets  [unitless, >0]  R Zhang 2022
 
 
 def soften(
     z: Tensor,  # logits  (..., C)
-    tau: float = TAU,  # softmax temperature  [unitless, >0]  R CA-MKD
+    tau: float = TAU,  # softmax temperature  [unitless, >0]  R Zhang 2022
 ) -> Tensor:  # probabilities  (..., C)  [0,1]
     "Probabilities of logits at a temperature."
     return F.softmax(z / positive("tau", tau), dim=-1)
@@ -51,7 +51,7 @@ def same_shape(
 def soft_kl(
     z_s: Tensor,  # student logits  (B, C)
     q: Tensor,  # target probabilities softened at the same temperature  (B, C)  [0,1]
-    tau: float = TAU,  # softmax temperature  [unitless, >0]  R CA-MKD
+    tau: float = TAU,  # softmax temperature  [unitless, >0]  R Zhang 2022
 ) -> Tensor:  # scalar, mean over B  [nats]
     "Divergence of the student from soft targets, times the squared temperature."
     same_shape(z_s, q, "student logits and targets")
@@ -84,7 +84,7 @@ def kd_loss(
     z_s: Tensor,  # student logits  (B, C)
     q: Tensor,  # target probabilities softened at `tau`  (B, C)  [0,1]
     y: Tensor | None = None,  # class indices, needed for `alpha` below 1  (B,)
-    tau: float = TAU,  # softmax temperature  [unitless, >0]  R CA-MKD
+    tau: float = TAU,  # softmax temperature  [unitless, >0]  R Zhang 2022
     alpha: float = 1.,  # weight of the soft part  [0,1]  A
 ) -> Tensor:  # scalar, mean over B  [nats]
     "Soft targets and labels mixed; what has weight 0 is not computed."
@@ -171,7 +171,7 @@ def decoupled_kl(
     z_s: Tensor,  # student logits  (B, C)
     q: Tensor,  # target probabilities softened at `tau`  (B, C)  [0,1]
     y: Tensor | None = None,  # favourites  (B,); `None` for the target's  H
-    tau: float = TAU,  # softmax temperature  [unitless, >0]  R CA-MKD
+    tau: float = TAU,  # softmax temperature  [unitless, >0]  R Zhang 2022
     alpha: float = 1.,  # weight of the favourite  R Zhao 2022
     beta: float = 8.,  # weight of the rest  R Zhao 2022
     weight: Tensor | float = 1.,  # of each image  (B,)
@@ -200,7 +200,7 @@ def gap_weights(
 # %% ../nbs/21_losses.ipynb #37636828
 def fed_back(
     said: list[Tensor],  # logits of everyone (B, C), M of them
-    tau: float = TAU,  # temperature [unitless, >0]  R Hinton 2015
+    tau: float = TAU,  # temperature [unitless, >0]  R Zhang 2022
 ) -> Tensor:  # scalar, sum over everyone of the mean over B [nats]
     "What each of several networks pays for differing from what all say together."
     together = torch.stack([soften(z.detach(), tau) for z in said]).mean(0)

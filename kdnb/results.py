@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'SOURCES', 'FIRST', 'LATER', 'KEYS', 'SCORE', 'MORE', 'CONTEXT', 'VARIANTS', 'COLUMNS', 'PACKAGES',
-           'PREDICTED', 'SHOWN', 'TITLES', 'ASIDE', 'installed', 'travels', 'modified', 'processor', 'provenance',
-           'Meter', 'prediction_table', 'check_predictions', 'by_method', 'plain', 'new_record', 'name_of',
-           'record_text', 'migrated', 'check_record', 'wrong_row', 'NoParquet', 'need_parquet', 'keep_predictions',
-           'save_record', 'load_record', 'load_predictions', 'preset_said', 'run_value', 'record_rows', 'load_records',
-           'load_rows', 'span', 'mean_sd', 'check_rows', 'score_names', 'natural', 'score_table', 'barred', 'markdown',
-           'write_tables']
+           'PREDICTED', 'SHOWN', 'TITLES', 'ASIDE', 'installed', 'travels', 'modified', 'settings_in', 'departures',
+           'ran_here', 'processor', 'provenance', 'Meter', 'prediction_table', 'check_predictions', 'by_method',
+           'plain', 'new_record', 'name_of', 'record_text', 'migrated', 'check_record', 'wrong_row', 'NoParquet',
+           'need_parquet', 'keep_predictions', 'save_record', 'load_record', 'load_predictions', 'preset_said',
+           'run_value', 'record_rows', 'load_records', 'load_rows', 'span', 'mean_sd', 'check_rows', 'score_names',
+           'natural', 'score_table', 'barred', 'markdown', 'write_tables']
 
 # %% ../nbs/80_results.ipynb #c8c1f55a
+import ast
 import hashlib
 import json
 import math
 import platform
 import re
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -66,7 +68,7 @@ def travels(
     try: return notebook if notebook and shared(f"nbs/{notebook}") else None
     except BadInput: return None
 
-# %% ../nbs/80_results.ipynb #1864014b
+# %% ../nbs/80_results.ipynb #85db5cbd
 def modified(
     notebook: str | None = None,  # experiment notebook that counts too
 ) -> list | None:  # paths, `None` outside a checkout with history
@@ -78,6 +80,35 @@ def modified(
     return [p for p in (line[3:] for line in said.splitlines()) if p.endswith((".py", ".ipynb")) and "_modidx" not in p]
 
 
+def settings_in(
+    source: str,  # code of a cell
+) -> list | None:  # names that it sets, `None` if it does anything but set literal values
+    "The parameters of a cell that does nothing else."
+    try: body = ast.parse(source).body
+    except SyntaxError: return None
+    plain = all(isinstance(n, ast.AnnAssign) and isinstance(n.value, ast.Constant | ast.UnaryOp) for n in body)
+    return [ast.unparse(n.target) for n in body] if plain and body else None
+
+
+def departures(
+    notebook: str | None,  # name of an experiment notebook that came with kdnb
+    ran: list,  # source of every cell that was run
+) -> list:  # those that are no cell of the notebook
+    "Code that ran under a notebook's name and does not stand in it; other values of its parameters do not count."
+    if not travels(notebook): return []
+    cells = json.loads(shared(f"nbs/{notebook}").read_text(encoding="utf-8"))["cells"]
+    known = {"".join(c["source"]).strip() for c in cells if c["cell_type"] == "code"}
+    names = [n for n in map(settings_in, known) if n]
+    return [s for s in map(str.strip, ran)
+            if s and s not in known and not s.startswith("# Parameters") and settings_in(s) not in names]
+
+
+def ran_here() -> list:  # sources; none outside a kernel that runs an experiment
+    "What this kernel has run until now, if it runs an experiment."
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return list(shell.history_manager.input_hist_raw) if shell and "_parameters_checked" in shell.user_ns else []
+
+# %% ../nbs/80_results.ipynb #11de1baf
 def processor() -> str | None:  # its name, `None` where the system does not tell
     "What computes where nothing else does."
     try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -90,9 +121,11 @@ def provenance(
 ) -> dict:  # versions, platform, processor, commit, dirty, modified, code
     "What code this is and what it runs on."
     versions = {"python": platform.python_version()} | {p: installed(p) for p in PACKAGES}
-    changed = modified(notebook) if checkout() else None
+    changed, code = modified(notebook) if checkout() else None, code_digest(travels(notebook))
+    if other := departures(notebook, ran_here()):
+        changed, code = [*(changed or []), f"nbs/{notebook} as it was run"], digest([code, *other])
     return dict(versions=versions, platform=platform.platform(), processor=processor(), commit=git_state()["commit"],
-                dirty=None if changed is None else bool(changed), modified=changed, code=code_digest(travels(notebook)))
+                dirty=None if changed is None else bool(changed), modified=changed, code=code)
 
 # %% ../nbs/80_results.ipynb #ecfb1eb4
 class Meter:
@@ -199,6 +232,8 @@ def new_record(
     **fields,  # parameters, resolved, protocol, source, data, split, device, seconds, rows, and any other of `KEYS`
 ) -> dict:  # a record, ready for `save_record`
     "A record with its provenance, its time and its name filled in; `fields` go before what is found out."
+    if "resolved" in fields:  # where images lie is no part of what a run is; their digest is
+        fields["resolved"] = {k: v for k, v in fields["resolved"].items() if k != "data"}
     known = dict(schema=SCHEMA, notebook=notebook, created=datetime.now(UTC).isoformat(timespec="seconds"),
                  synthetic=fields.get("source") == "synthetic", selection=None, checkpoint=None)
     record = known | dict.fromkeys(LATER) | provenance(notebook) | fields

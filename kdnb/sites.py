@@ -73,7 +73,7 @@ class SiteStore:
         return pixels
 
 # %% ../nbs/45_sites.ipynb #d76e5562
-SHIFT = .3  # strength of the change of stain that makes a site, half as much again as that of augmentation  H
+SHIFT = .3  # strength of the change of stain that makes a site, half as much again as that of the jitter of shots  H
 
 
 def mislabelled(
