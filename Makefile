@@ -33,7 +33,7 @@ bench: $(READY) ## run every benchmark notebook
 	@$(if $(wildcard nbs/bench/*.ipynb),,echo "nbs/bench holds no notebooks yet")
 
 tables: $(READY) ## rebuild results/tables and the block of the README from the run records
-	@$(BIN)/python -c 'from kdnb.reports import write_all; print(*write_all(readme="README.md"), sep="\n")'
+	@$(BIN)/python -c 'from kdnb.reports import main; main()' --readme README.md
 
 reports: tables ## the same, and show it in the notebooks of nbs/paper
 	@set -e; for nb in nbs/paper/table*.ipynb nbs/paper/figure*.ipynb; do \

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'SOURCES', 'FIRST', 'LATER', 'KEYS', 'SCORE', 'MORE', 'CONTEXT', 'VARIANTS', 'COLUMNS', 'PACKAGES',
-           'PREDICTED', 'SHOWN', 'TITLES', 'ASIDE', 'installed', 'travels', 'modified', 'settings_in', 'departures',
-           'ran_here', 'processor', 'provenance', 'Meter', 'prediction_table', 'check_predictions', 'by_method',
-           'plain', 'new_record', 'name_of', 'record_text', 'migrated', 'check_record', 'wrong_row', 'NoParquet',
-           'need_parquet', 'keep_predictions', 'save_record', 'load_record', 'load_predictions', 'preset_said',
-           'run_value', 'record_rows', 'load_records', 'load_rows', 'span', 'mean_sd', 'check_rows', 'score_names',
-           'natural', 'score_table', 'barred', 'markdown', 'write_tables']
+           'PREDICTED', 'NUMBER', 'NONE', 'KINDS', 'ROW_KINDS', 'WORDS', 'SHOWN', 'TITLES', 'ASIDE', 'FREE', 'BESIDE',
+           'installed', 'travels', 'modified', 'settings_in', 'departures', 'ran_here', 'processor', 'provenance',
+           'Meter', 'prediction_table', 'check_predictions', 'by_method', 'plain', 'new_record', 'name_of',
+           'record_text', 'wrong_kind', 'migrated', 'check_record', 'wrong_value', 'wrong_row', 'NoParquet',
+           'need_parquet', 'keep_predictions', 'kept_before', 'drop_unnamed', 'save_record', 'load_record',
+           'load_predictions', 'preset_said', 'run_value', 'record_rows', 'load_records', 'load_rows', 'span',
+           'mean_sd', 'check_rows', 'score_names', 'natural', 'score_table', 'barred', 'point_word', 'markdown',
+           'latest_rows', 'table_files', 'write_tables']
 
 # %% ../nbs/80_results.ipynb #c8c1f55a
 import ast
@@ -102,13 +104,13 @@ def departures(
     return [s for s in map(str.strip, ran)
             if s and s not in known and not s.startswith("# Parameters") and settings_in(s) not in names]
 
-
+# %% ../nbs/80_results.ipynb #11de1baf
 def ran_here() -> list:  # sources; none outside a kernel that runs an experiment
     "What this kernel has run until now, if it runs an experiment."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return list(shell.history_manager.input_hist_raw) if shell and "_parameters_checked" in shell.user_ns else []
 
-# %% ../nbs/80_results.ipynb #11de1baf
+
 def processor() -> str | None:  # its name, `None` where the system does not tell
     "What computes where nothing else does."
     try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -257,7 +259,34 @@ def record_text(
         return "[\n" + ",\n".join("  " + dumps(v) for v in value) + "\n ]"
     return "{\n" + ",\n".join(f" {json.dumps(k)}: {written(v)}" for k, v in plain(record).items()) + "\n}\n"
 
-# %% ../nbs/80_results.ipynb #e0903a43
+# %% ../nbs/80_results.ipynb #46839795
+NUMBER, NONE = (int, float), type(None)
+KINDS = {  # what a value may be; keys that are not here may say anything that JSON can hold
+    **dict.fromkeys("notebook created protocol data split code".split(), (str,)),
+    **dict.fromkeys("device commit selection protocol_digest leaks platform processor".split(), (str, NONE)),
+    **dict.fromkeys("versions shots leakage energy predictions families needs skipped".split(), (dict, NONE)),
+    "parameters": (dict,), "resolved": (dict,), "seconds": (*NUMBER, NONE), "dirty": (bool, NONE),
+    "modified": (list, NONE), "checkpoint": (str, dict, NONE)}
+ROW_KINDS = {**dict.fromkeys([*CONTEXT, *VARIANTS], (str, bool, *NUMBER, NONE)),
+             **dict.fromkeys("run method split level metric label".split(), (str,)), "n": (int,),
+             **dict.fromkeys(("value", "low", "high"), (*NUMBER, NONE))}
+WORDS = {str: "text", dict: "a dict", list: "a list", bool: "true or false", int: "a whole number", float: "a number",
+         NONE: "null"}
+
+
+def wrong_kind(
+    said: dict,  # what a record or a row says
+    kinds: dict,  # key -> types accepted
+) -> str:  # what is wrong, empty if nothing
+    "The first value that is of another kind than it must be; a number must be finite."
+    for key, value in said.items():
+        if not (accepted := kinds.get(key)): continue
+        fits = isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool))
+        if fits and (type(value) not in NUMBER or abs(value) <= sys.float_info.max): continue
+        return f"{key}={value!r:.60}; accepted are {', '.join(WORDS[t] for t in accepted)}"
+    return ""
+
+# %% ../nbs/80_results.ipynb #53fc62d0
 def migrated(
     record: dict,  # a record of any schema
 ) -> dict:  # of this schema, where that can be had
@@ -281,19 +310,38 @@ def check_record(
     if record["source"] not in SOURCES: no(f"source={record['source']!r}; accepted are {', '.join(SOURCES)}")
     if record["synthetic"] != (record["source"] == "synthetic"): no("`synthetic` and `source` contradict each other")
     if not isinstance(record["rows"], list): no("rows are not a list")
-    if wrong := next(filter(None, map(wrong_row, record["rows"])), ""): no(wrong)
+    if wrong := wrong_value(record) or next(filter(None, map(wrong_row, record["rows"])), ""): no(wrong)
     if record["run"] != name_of(record): no(f"it was edited: what it says is {name_of(record)}, not {record['run']}")
     return record
 
-# %% ../nbs/80_results.ipynb #92a4c19b
+# %% ../nbs/80_results.ipynb #30826006
+def wrong_value(
+    record: dict,  # what is said to be a record, with all keys
+) -> str:  # what is wrong with it, empty if nothing
+    "Whether every key holds what it should, a time is a time, and all of it can be written as JSON."
+    if wrong := wrong_kind(record, KINDS): return wrong
+    if not all(isinstance(m, str) for m in record["modified"] or ()): return "modified is not a list of texts"
+    texts = {"path": None, "digest": None} | (record["predictions"] or {"path": "", "digest": ""})
+    if wrong := wrong_kind(texts, dict.fromkeys(("path", "digest"), (str,))): return f"predictions: {wrong}"
+    try: timed = datetime.fromisoformat(record["created"]).tzinfo
+    except ValueError: timed = None
+    if timed is None: return f"created={record['created']!r:.60}; accepted are times with their zone"
+    for key, value in record.items():
+        if key == "rows": continue  # looked at one by one
+        try: json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as e: return f"{key} cannot be kept as JSON ({e})"
+    return ""
+
+
 def wrong_row(
     row,  # what is said to be a row of a record
 ) -> str:  # what is wrong with it, empty if nothing
-    "Whether a row has what every row has, and nothing unknown."
+    "Whether a row has what every row has, of its kind, and nothing unknown."
     if not isinstance(row, dict): return f"a row is {row!r}, and no dict"
     if lacks := [c for c in SCORE if c not in row]: return f"a row lacks {', '.join(lacks)}: {row}"
     if strange := [c for c in row if c not in COLUMNS]: return f"a row has the unknown column {strange[0]!r}"
-    return ""
+    if wrong := wrong_kind(row, ROW_KINDS): return f"a row says {wrong}: {row}"
+    return f"a row says n={row['n']}; accepted are counts: {row}" if row["n"] < 0 else ""
 
 # %% ../nbs/80_results.ipynb #aa6ab702
 class NoParquet(BadInput):
@@ -319,7 +367,28 @@ def keep_predictions(
     path = write_whole(folder/"predictions"/f"{run}-{said[:8]}.parquet", content)
     return {"path": f"predictions/{path.name}", "digest": said, "rows": len(frame), "classes": classes}
 
-# %% ../nbs/80_results.ipynb #3e75325c
+# %% ../nbs/80_results.ipynb #51006c90
+def kept_before(
+    path: Path,  # where the record of a run is to be written
+) -> dict | None:  # what the record there says of its predictions, `None` if they are not there
+    "Predictions that an earlier record of the same run kept."
+    try: said = load_record(path)["predictions"]
+    except BadInput: return None
+    return said if said and (path.parent.parent/said["path"]).is_file() else None
+
+
+def drop_unnamed(
+    folder: Path,  # results folder
+    run: str,  # name of a run
+) -> None:
+    "Remove predictions of a run that no record names; where a record cannot be read, none."
+    files = [p for p in (folder/"runs"/f"{run}.json", folder/"latest.json") if p.exists()]
+    try: named = {(load_record(p)["predictions"] or {}).get("path") for p in files}
+    except BadInput: return
+    for file in (folder/"predictions").glob(f"{run}-*.parquet"):
+        if f"predictions/{file.name}" not in named: file.unlink()
+
+# %% ../nbs/80_results.ipynb #d27765ec
 def save_record(
     record: dict,  # a whole record
     folder: str | Path | None = None,  # results folder, `results/` if not given
@@ -329,11 +398,13 @@ def save_record(
     folder = user_path(folder) if folder else results_home()
     path = folder/"runs"/f"{record.get('run')}.json"
     record = check_record(plain(record), path)
-    try: kept = None if predictions is None else keep_predictions(record["run"], predictions, folder)
-    except NoParquet as e: kept = warnings.warn(f"run {record['run']} is recorded without them: {e}", stacklevel=2)
-    for target in (path, folder/"latest.json"): write_whole(target, record_text(record | {"predictions": kept}))
-    for old in (folder/"predictions").glob(f"{record['run']}-*.parquet"):
-        if kept is None or old.name != Path(kept["path"]).name: old.unlink()
+    kept, run = kept_before(path), record["run"]
+    try:
+        if predictions is not None: kept = keep_predictions(run, predictions, folder)
+    except NoParquet as e: warnings.warn(f"run {run} is recorded without them: {e}", stacklevel=2)
+    try:
+        for target in (path, folder/"latest.json"): write_whole(target, record_text(record | {"predictions": kept}))
+    finally: drop_unnamed(folder, run)
     return path
 
 
@@ -343,9 +414,9 @@ def load_record(
     "Read one record; a file that is missing, broken or something else is named, with the reason."
     try: text = user_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e: raise BadInput(f"{path}: cannot be read ({e})") from None
-    try: record = json.loads(text)
-    except json.JSONDecodeError as e: raise BadInput(f"{path}: broken JSON ({e})") from None
-    return check_record(record, path)
+    try: return check_record(json.loads(text), path)
+    except BadInput: raise
+    except (ValueError, RecursionError) as e: raise BadInput(f"{path}: broken JSON ({e})") from None
 
 # %% ../nbs/80_results.ipynb #d6003ddc
 def load_predictions(
@@ -370,7 +441,7 @@ def preset_said(
     "The name of a preset, and every field in which it is not the one of that name here."
     if not isinstance(preset, dict): return preset
     preset = plain(preset)
-    ours = plain(asdict(PRESETS[preset["name"]])) if preset.get("name") in PRESETS else {}
+    ours = plain(asdict(PRESETS[preset["name"]])) if str(preset.get("name")) in PRESETS else {}
     changed = [k for k in ours | preset if preset.get(k, "?") != ours.get(k, "?") and k != "name"]
     text = lambda v: "+".join(map(str, v)) if isinstance(v, list) else str(v)
     return ",".join([str(preset.get("name")), *(f"{k}={text(preset.get(k, '?'))}" for k in changed)])
@@ -383,6 +454,7 @@ def run_value(
     "What a record says of itself: in its own keys, else in its resolved parameters, else in those passed."
     own = {k: v for k, v in record.items() if not isinstance(v, dict)}
     value = next((d[name] for d in (own, record["resolved"], record["parameters"]) if name in d), None)
+    if isinstance(value, (list, tuple)): return "+".join(map(str, value))
     if name == "preset" or not isinstance(value, dict): return preset_said(value)
     return "-".join(filter(None, (str(value.get("name", "")), digest(plain(value), 6))))
 
@@ -507,10 +579,22 @@ def barred(
     if record["dirty"]: why.append(f"code differs from its commit: {', '.join(record['modified'] or ['where?'])}")
     return why
 
-# %% ../nbs/80_results.ipynb #6f9e02a8
+# %% ../nbs/80_results.ipynb #287b50fa
 TITLES = {"breakhis": "BreakHis", "glas": "GlaS", "own": "own images",
           "synthetic": "SYNTHETIC images, which say nothing about tissue"}
 ASIDE = ("source", "notebook", "protocol", "task", "preset")  # one table for each combination of these
+FREE = ("data", "weights", "device")  # parameters that may differ between two runs of one point  H
+BESIDE = ("method", "methods", "baselines", "rules", "taught", "curves")  # so may these: a row says whose it is  H
+
+
+def point_word(
+    notebook: str,  # experiment
+    given: dict,  # its parameters
+    free: tuple,  # those that may differ, such as `FREE`
+) -> str:  # hex digits
+    "What a run was asked for, as one word; of weights it counts whether there were any."
+    starts = bool(given.get("weights")) or str(given.get("preset")).startswith("paper")
+    return digest([notebook, starts, {k: v for k, v in given.items() if k not in free}])
 
 
 def markdown(
@@ -521,24 +605,49 @@ def markdown(
     lines = [list(flat.columns), ["---"] * flat.shape[1], *flat.astype(str).to_numpy().tolist()]
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines) + "\n"
 
-# %% ../nbs/80_results.ipynb #e99c79ec
-def write_tables(
-    folder: str | Path | None = None,  # results folder, `results/` if not given
-) -> list:  # files written
-    "Write `tables/*.csv` and `*.md` from the records, one of each for a source, experiment, protocol, task and preset."
-    folder = user_path(folder) if folder else results_home()
-    records = load_records(folder) if (folder/"runs").is_dir() else []
-    groups, written = {}, []
+# %% ../nbs/80_results.ipynb #a4e262e6
+def latest_rows(
+    records: list,  # records
+) -> tuple:  # long rows, and how many earlier records were left out, in whole or in part
+    "The scores of some records, each method of a point once: where several records have it, the latest's."
+    free = (*CONTEXT, *VARIANTS, *FREE, *BESIDE)  # context and variants count as they were resolved
+    rows = pd.concat([record_rows(r).assign(asked=point_word(r["notebook"], r["parameters"], free))
+                      for r in sorted(records, key=lambda r: r["created"])], ignore_index=True)
+    point = rows.groupby(["asked", *CONTEXT, *VARIANTS, "method", "split"], dropna=False, sort=False)
+    last = rows.run == point.run.transform("last")
+    return rows[last].drop(columns="asked"), rows.run[~last].nunique()
+
+
+def table_files(
+    records: list,  # records; those whose code was changed do not enter
+) -> dict:  # file name -> content
+    "A table as CSV and as Markdown for each source, experiment, protocol, task and preset."
+    groups, files = {}, {}
     for r in records:
-        if not r["dirty"]: groups.setdefault(tuple(run_value(r, c) for c in ASIDE), []).append(record_rows(r))
-    print(f"{len(records)} runs recorded, {sum(bool(r['dirty']) for r in records)} of them left out: their code was "
-          "changed against its commit")
+        if not r["dirty"]: groups.setdefault(tuple(run_value(r, c) for c in ASIDE), []).append(r)
     for key in sorted(groups, key=natural):
-        said = [v.removeprefix("run_").removesuffix(".ipynb") for v in key if v is not None]
-        rows = pd.concat(groups[key])
+        said = [str(v).removeprefix("run_").removesuffix(".ipynb") for v in key if v is not None]
+        rows, earlier = latest_rows(groups[key])
         if "test" not in set(rows.split): continue  # costs, which have a table of their own
         table = score_table(rows, by=("mag", "k", *(c for c in VARIANTS if rows[c].nunique(dropna=False) > 1)))
-        title = f"# {TITLES[key[0]]}: {', '.join(said[1:])}\n\nTest side, mean ± sd over folds and seeds.\n\n"
-        stem = folder/"tables"/re.sub(r"[^\w-]+", "_", "-".join(said))
-        written += [write_whole(f"{stem}.csv", table.to_csv()), write_whole(f"{stem}.md", title + markdown(table))]
+        title = f"# {TITLES[key[0]]}: {', '.join(said[1:])}\n\nTest side, mean ± sd over folds and seeds."
+        if earlier: title += f" Points that several runs scored count once, by the latest: {earlier} earlier left out."
+        stem = re.sub(r"[^\w-]+", "_", "-".join(said))
+        files |= {f"{stem}.csv": table.to_csv(), f"{stem}.md": f"{title}\n\n{markdown(table)}"}
+    return files
+
+# %% ../nbs/80_results.ipynb #901cdbfc
+def write_tables(
+    folder: str | Path | None = None,  # results folder, `results/` if not given
+    records: list | None = None,  # its records, where they were read before
+) -> list:  # files written
+    "Write `table_files` into `tables/`; of the names it makes, those that no record supports any more are removed."
+    folder = user_path(folder) if folder else results_home()
+    if records is None: records = load_records(folder) if (folder/"runs").is_dir() else []
+    print(f"{len(records)} runs recorded, {sum(bool(r['dirty']) for r in records)} of them left out: their code was "
+          "changed against its commit")
+    files, ours = table_files(records), re.compile(rf"({'|'.join(SOURCES)})-[\w-]+\.(csv|md)")
+    written = [write_whole(folder/"tables"/name, content) for name, content in files.items()]
+    for old in (folder/"tables").glob("*"):
+        if ours.fullmatch(old.name) and old.name not in files: old.unlink()
     return written

@@ -14,6 +14,7 @@ import difflib
 import json
 import math
 import os
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -222,7 +223,7 @@ def report(
     out: Path,  # executed notebook
     record: dict | None,  # record of the run
 ) -> str:  # text for the terminal
-    "The result table, and where the executed notebook, the checkpoint and the record are."
+    "The result table, where the executed notebook, the checkpoint and the record are, and what makes a page of them."
     if record is None: return f"executed notebook  {out}"
     kept, rows = record["checkpoint"], record_rows(record)
     if isinstance(kept, dict): kept = kept.get("path")
@@ -231,7 +232,9 @@ def report(
              "record": results_home()/"latest.json", "run": record["run"]}
     warn = ["", "The images are SYNTHETIC: these numbers say nothing about tissue."] if record["synthetic"] else []
     table = score_table(rows, split=side).drop(columns="runs").to_string()
-    return "\n".join(["", table, *warn, "", *(f"{k:<19}{v}" for k, v in where.items())])
+    page = f"kdnb_report {shlex.quote(str(results_home()/'runs'/(record['run'] + '.json')))}"
+    return "\n".join(["", table, *warn, "", *(f"{k:<19}{v}" for k, v in where.items()),
+                      f"{'page, model card':<19}{page}"])
 
 # %% ../nbs/90_run.ipynb #11d91d6a
 def literal(

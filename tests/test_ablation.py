@@ -21,8 +21,10 @@ real = pytest.mark.skipif(not (SHARED/"glas").exists() or not (SHARED/"weights")
 
 def test_the_grid_is_of_its_size():
     taught = [p.given["taught"].split(",") for p in POINTS]
-    assert len(POINTS) == 42 and sum(map(len, taught)) == 108
-    assert all("mean" in t for t in taught)  # what every difference is taken from
+    assert len(POINTS) == 66 and sum(map(len, taught)) == 180
+    same, of_mean = ("method", "teachers", "poor", "k", "split", "draw"), set()
+    for p, t in zip(POINTS, taught, strict=True): of_mean |= {tuple(p.given[c] for c in same)} if "mean" in t else set()
+    assert of_mean == {tuple(p.given[c] for c in same) for p in POINTS}  # what every difference is taken from
     assert sorted({p.given["teachers"].count(",") + 1 for p in POINTS}) == [1, 2, 3, 5]
 
 
@@ -100,22 +102,22 @@ def report(house):
 
 
 def test_the_report_of_nothing(house):
-    assert report(house)["printed"] == "0 of 42 points found, 0 students in the table\n"
+    assert report(house)["printed"] == "0 of 66 points found, 0 students in the table\n"
     assert not (house/"results"/"tables").exists()
 
 
-@pytest.mark.parametrize("some", [1, 7, 20, 42])
+@pytest.mark.parametrize("some", [1, 7, 20, 66])
 def test_the_report_of_some_and_of_all(house, some):
     for point in POINTS[:some]: made_up(point, house, .03)
     made_up(POINTS[0], house, .5, modified=["kdnb/fusion.py"], data="e")  # changed code may not enter
     there = report(house)
-    assert there["printed"].startswith(f"{some} of 42 points found")
+    assert there["printed"].startswith(f"{some} of 66 points found")
     table = pd.read_csv(house/"results"/"tables"/"fusion-glas.csv")
-    assert len(table.drop_duplicates(["split", "draw", "k", "teachers", "poor"])) == some
-    if some < 42: return
-    assert there["student"].sum() == 108 and there["by_rule"]["with poor"].pairs["camkd"] == 6
+    assert table.run.nunique() == some
+    if some < 66: return
+    assert there["student"].sum() == 162 and there["plain"].sum() == 18 and there["by_rule"]["with poor"].pairs["camkd"] == 6
     assert there["by_rule"]["without"].difference["camkd"] == pytest.approx(.03, abs=1e-4)
-    assert list(there["cost"].difference) == pytest.approx([-.05]*5, abs=1e-4) and there["share"]["mean"] == pytest.approx(.25)
+    assert list(there["cost"].difference) == pytest.approx([-.05]*8, abs=1e-4) and there["share"]["mean"] == pytest.approx(.25)
     assert list(there["sizes"]["mean, by teachers"].index) == [1, 2, 3, 5] and list(there["sizes"]["mean, by shots"].index) == [5, 10, 20]
 
 
@@ -123,4 +125,4 @@ def test_the_table_stands_for_records_that_are_gone(house):
     for point in POINTS[:12]: made_up(point, house, .03)
     first = report(house)["printed"]
     for record in (house/"results"/"runs").iterdir(): record.unlink()
-    assert report(house)["printed"] == first == "12 of 42 points found, 60 students in the table\n"
+    assert report(house)["printed"] == first == "12 of 66 points found, 60 students in the table\n"

@@ -148,6 +148,8 @@ VALUES = [
     (dict(preset="laptop,sise=3"), "Did you mean 'size'"), (dict(device="cuda:9"), "device='cuda:9' is not accepted"),
     (dict(data="nowhere"), "neither a folder nor a CSV"), (dict(method="finetune"), "needs a pretrained student"),
     (dict(host="vgg11"), "host='vgg11' is not accepted"), (dict(weights="nowhere"), "weights='nowhere'"),
+    (dict(seed=-1), "seed=-1 is not accepted"), (dict(preset="laptop,size=-3"), "size=-3 is not accepted"),
+    (dict(preset="laptop,lr=nan"), "lr=nan is not accepted"), (dict(preset="laptop,stain=macenka"), "Did you mean 'macenko'"),
 ]
 
 

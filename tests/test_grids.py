@@ -7,14 +7,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kdnb import grids
-from kdnb.core import BadInput
+from kdnb import grids, results
+from kdnb.core import BadInput, file_digest, shared
 from kdnb.grids import load_grid, prepare, recorded, run_grid, settle, share_cores, values_of, write_note
 from kdnb.results import load_records, new_record, save_record
 
@@ -134,6 +136,21 @@ def test_a_value_the_notebook_refuses_starts_nothing(tmp_path, house):
     assert "'40X', '100X', '200X', '400X'" in said and not house.exists()
 
 
+def test_what_is_not_there_starts_nothing(tmp_path, house, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = grid(tmp_path, 'axes = {k = [5, 10]}\nfixed = {data = "no/glas", weights = "w"}')
+    first = new_code_cell(CELL + '\ndata: str = "auto"  # -\nweights: str = ""  # -', metadata={"tags": ["parameters"]})
+    nbformat.write(new_notebook(cells=[first, new_code_cell(CHECK)]), tmp_path/"run_toy.ipynb")
+    with pytest.raises(BadInput) as e: run_grid(path)
+    first, *said = str(e.value).splitlines()
+    assert first.endswith("nothing was started") and len(said) == 2 and not house.exists()
+    for line, start in zip(said, (f"data='no/glas' does not exist, looked for in {tmp_path}/no; ",
+                                  f"weights='w' does not exist, looked for in {tmp_path}; "), strict=True):
+        assert line.startswith(start) and line.endswith("(2 of 2 points)")
+    assert grids.absent(dict(data="auto", weights="", teachers="x")) == grids.absent(dict(data=str(tmp_path))) == []
+    assert grids.absent(dict(data="x" * 300)) and grids.absent(dict(data="a\0")), "names that no disk takes"
+
+
 def test_values_come_back_normalised(tmp_path):
     toy(tmp_path, "raise SystemError('never reached')", check=CHECK + "\np.k = iter([])")
     said = values_of(tmp_path/"run_toy.ipynb", {"mag": 400, "tau": 2})
@@ -161,11 +178,12 @@ def point(tmp_path, house):
     return lambda threads=1, **v: prepare(at, [dict(asked=values | v, settled=values | v)], threads, tmp_path)[0]
 
 
-def keep_record(**fields):
+def keep_record(notebook="run_toy.ipynb", **fields):
     rows = [dict(method="graft", split="test", level="image", metric="auroc", value=.8, n=40)]
     known = dict(parameters=dict(mag="400X", k=10, tau=4.), resolved={}, protocol="p", source="own", data="d",
                  split="s", device="cpu", seconds=1., rows=rows)
-    return save_record(new_record("run_toy.ipynb", **known | fields))
+    predictions = fields.pop("predictions", None)
+    return save_record(new_record(notebook, **known | fields), predictions=predictions)
 
 
 def test_what_makes_another_point(point, tmp_path, monkeypatch):
@@ -190,6 +208,9 @@ def test_files_that_parameters_name_count(tmp_path, monkeypatch):
     assert seen[0].keys() == {"auto", str(tmp_path/"images")} and seen[0] != seen[1] != seen[2]
     (tmp_path/"images"/".lock").write_bytes(b"")
     assert named() == seen[2]
+    (tmp_path/"a,b.csv").write_bytes(b"x")
+    assert grids.named_files(dict(data=f"{tmp_path}/a,b.csv", student=f"{tmp_path}/a,b.csv"), {}).keys() == {
+        f"{tmp_path}/a,b.csv"}, "only teachers are a list"
 
 
 def test_a_point_is_done_while_its_record_is_there(point):
@@ -216,7 +237,132 @@ def test_killed_between_record_and_note(point):
     keep_record(parameters=dict(mag="400X", k=5, tau=4.))
     assert recorded(p) is None, "older, or of another point"
     run = keep_record().stem
-    assert recorded(p)["run"] == run and grids.read_note(p)["state"] == "done"
+    assert recorded(p)["run"] == run and grids.read_note(grids.note_path(p))["state"] == "done"
+
+
+def test_a_record_of_other_code_is_not_the_one_that_was_started(point):
+    p = point()
+    write_note(p, "started")
+    keep_record(code="other")
+    assert recorded(p) is None
+    keep_record()
+    assert recorded(p) is not None
+
+
+def test_kdnb_changed_while_a_point_ran(point, monkeypatch):
+    p = point()
+
+    def run(*_):
+        keep_record(code="other")
+        monkeypatch.setattr(grids, "code_digest", lambda *a: "other")
+    monkeypatch.setattr(grids, "execute", run)
+    with pytest.raises(BadInput, match="changed while"): grids.perform(p)
+    assert recorded(p) is None
+
+
+def test_a_run_without_its_predictions_is_not_done(point, house):
+    p = point()
+    frame = pd.DataFrame(dict(split="test", image=["a", "b"], patient="1", label=["x", "y"], method="graft",
+                              p_x=[1., 0.], p_y=[0., 1.]))
+    write_note(p, "done", run=keep_record(predictions=frame).stem)
+    assert recorded(p)
+    kept, = (house/"results"/"predictions").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1])
+    assert recorded(p) is None
+    kept.unlink()
+    assert recorded(p) is None
+    kept.write_bytes(whole)
+    assert recorded(p)
+
+
+# ---- a record without a note
+
+@pytest.fixture
+def ours(house, tmp_path, monkeypatch):
+    "A notebook that came with kdnb, its point under some parameters, and a record of that as papermill leaves it."
+    monkeypatch.setenv("KDNB_DATA", str(tmp_path/"images"))
+    (tmp_path/"images").mkdir()
+
+    class Ours:
+        name = "run_teacher.ipynb"
+
+        def point(self, notebook=None, threads=1, device="cpu", **values):
+            values = dict(k=5, device="auto") | values
+            said = [dict(asked=values, settled=values | dict(device=device))]
+            return prepare(grids.Grid([(notebook or shared("nbs")/self.name, {}, ())]), said, threads, tmp_path)[0]
+
+        def record(self, **fields):
+            said = fields.pop("parameters", dict(k=5, device="auto"))
+            return keep_record(self.name, parameters=said, resolved=said | dict(threads=fields.pop("threads", 1)),
+                               **dict(source="synthetic") | fields)
+    return Ours()
+
+
+def test_a_record_without_a_note_is_believed_if_all_is_equal(ours, tmp_path, capsys):
+    for other in (dict(parameters=dict(k=10, device="auto")), dict(threads=2), dict(code="other"), dict(device="cuda")):
+        ours.record(**other)
+        assert recorded(ours.point()) is None, other
+    run = ours.record().stem
+    copy = tmp_path/ours.name
+    nb = nbformat.read(shared("nbs")/ours.name, 4)
+    nb.cells.append(new_code_cell("1"))
+    nbformat.write(nb, copy)
+    record = results.load_record(results.results_home()/"runs"/f"{run}.json")
+    assert grids.believed(record, ours.point()) and not grids.believed(record, ours.point(copy))
+    assert recorded(ours.point(copy)) is None, "another notebook under the same name"
+    assert grids.work_through([ours.point()], grids.Engine(1, 1, None, lambda every: []), False) == {}
+    assert "1 points, 1 of them recorded (1 without a note); " in capsys.readouterr().out
+    note = grids.read_note(grids.note_path(ours.point()))
+    assert (note["run"], note["state"], note["by"]) == (run, "done", "record") and recorded(ours.point()) == note
+
+
+def test_auto_is_believed_to_be_the_phantom_while_there_is_no_breakhis(ours, tmp_path):
+    same = dict(k=5, device="auto", data="auto")
+    ours.record(parameters=same, source="breakhis", data="photographs")
+    (tmp_path/"images"/"SOB_B_A-14-22549AB-100-027.png").write_bytes(b"")
+    assert recorded(ours.point(data="auto")) is None, "which photographs, is not known"
+    ours.record(parameters=same)
+    assert recorded(ours.point(data="auto")) is None, "auto is BreakHis by now"
+    (tmp_path/"images"/"SOB_B_A-14-22549AB-100-027.png").unlink()
+    assert recorded(ours.point(data="auto"))
+
+
+def test_own_images_are_confirmed_by_a_point_that_was_done_on_them(ours, tmp_path):
+    folder = str(tmp_path/"images")
+    of = lambda k, data: ours.record(parameters=dict(k=k, device="auto", data=folder), source="own", data=data).stem
+    at = lambda k: ours.point(k=k, data=folder)
+    of(5, "digest")
+    assert recorded(at(5)) is None
+    write_note(at(10), "done", run=of(10, "other digest"))
+    assert recorded(at(5)) is None, "of other images"
+    write_note(at(20), "done", run=of(20, "digest"))
+    (tmp_path/"images"/"a.png").write_bytes(b"x")
+    assert recorded(at(5)) is None, "of the images that were there before"
+    (tmp_path/"images"/"a.png").unlink()
+    assert recorded(at(5))["by"] == "record"
+
+
+def test_weights_are_confirmed_by_the_teachers(ours, tmp_path):
+    net = tmp_path/"weights"/"net.pth"
+    net.parent.mkdir()
+    net.write_bytes(b"x")
+    same = dict(k=5, device="auto", weights=str(net.parent))
+    for cards in (None, ["foreign"], [dict(start="random")], [dict(start=file_digest(net)), dict(start="other")]):
+        ours.record(parameters=same, teachers=cards)
+        assert recorded(ours.point(weights=str(net.parent))) is None, cards
+    ours.record(parameters=same, teachers=[dict(start=file_digest(net))])
+    assert recorded(ours.point(weights=str(net.parent), teachers=str(tmp_path/"images"))) is None, "other parameters"
+    assert recorded(ours.point(weights=str(net.parent)))
+    ours.record(parameters=same | dict(teachers=str(tmp_path/"images")), teachers=[dict(start=file_digest(net))])
+    kept = ours.point(weights=str(net.parent), teachers=str(tmp_path/"images"))
+    assert recorded(kept) is None, "kept teachers are not known"
+    assert recorded(kept | dict(files={})), "for no other reason"
+
+
+def test_a_record_that_a_note_speaks_of_is_of_that_point_only(ours):
+    write_note(ours.point() | dict(key="another"), "done", run=ours.record().stem)
+    assert recorded(ours.point()) is None
 
 
 # ---- the local engine
@@ -297,6 +443,29 @@ def test_killed_and_started_again(tmp_path, house):
     wait_for(lambda: not left_over(tmp_path), 5)
 
 
+def test_a_full_disk_is_told_as_the_reason(tmp_path, house):
+    "No note can be written: the reason comes by stderr."
+    path = grid(tmp_path, "threads = 1\n[axes]\nk = [5, 10]", check="")
+    house.mkdir()
+    (house/"results").write_text("no folder can be made here")
+    failed = run_grid(path, tmp_path/"executed")
+    assert len(failed) == 2
+    for why in failed.values():
+        assert why.startswith("its process ended with code 1; last it said: NotADirectoryError: ")
+        assert str(house/"results") in why and "no note of it" in why
+
+
+def test_what_a_process_says_last_is_kept_and_shown(capfd):
+    say = "import sys; sys.stderr.write('x'*200_000 + 'the end'); sys.stderr.flush()"
+    for show in (False, True):
+        child = subprocess.Popen([sys.executable, "-c", say], stderr=subprocess.PIPE)
+        tail = deque(maxlen=10)
+        thread = grids.listen(child.stderr, tail, show)
+        assert child.wait(30) == 0
+        thread.join(30)
+        assert bytes(tail) == b"xxxthe end" and capfd.readouterr().err.endswith("the end") == show
+
+
 def test_time_left_goes_by_notebook():
     assert grids.time_left([], ["a"], 1) is None and grids.time_left([("a", 2.)], [], 1) is None
     assert grids.time_left([("a", 10.), ("b", 100.)], ["a", "b", "c"], 2) == (10 + 100 + 55) / 2
@@ -373,6 +542,14 @@ def test_commands_that_make_no_sense(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: grids.main(argv)
     assert str(e.value.code).startswith("kdnb_run: ") and message in e.value.code
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    toy(tmp_path)
+    (tmp_path/"file").write_text("")
+    with pytest.raises(SystemExit) as e: grids.main([str(tmp_path/"run_toy.ipynb"), str(tmp_path/"file"/"out.ipynb")])
+    assert e.value.code.startswith("kdnb_run: ") and str(tmp_path/"file") in e.value.code
+    assert len(e.value.code.splitlines()) == 1
 
 
 def test_grids_import_without_torch_and_dask():

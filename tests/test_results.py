@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from kdnb.results import (
     Meter,
     barred,
     by_method,
+    latest_rows,
     load_predictions,
     load_record,
     load_records,
@@ -105,7 +107,40 @@ def test_what_is_wrong_is_said(tmp_path, changes, reason):
     assert str(path) in str(e.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"accuracy": 0.97}', "\x00\xff"])
+@pytest.mark.parametrize("key, value", [
+    ("parameters", None), ("resolved", []), ("protocol", None), ("created", 5), ("created", "yesterday"),
+    ("created", "2030-01-01T00:00:00"), ("dirty", "no"), ("predictions", "x"), ("predictions", {"path": "x"}), ("notebook", 3),
+    ("predictions", {"path": 1, "digest": "d"}), ("modified", "kdnb/x.py"), ("modified", [1]), ("seconds", True), ("seconds", "9"),
+    ("seconds", math.inf), ("versions", []), ("energy", 3.), ("checkpoint", []), ("families", ["graft"]), ("device", 1),
+    ("leaks", "\ud800"), ("life", [[math.nan]]), ("code", None),
+])
+def test_values_of_another_kind_are_named(tmp_path, key, value):
+    path = spoil(tmp_path, **{key: value})
+    with pytest.raises(BadInput, match=key) as e: load_records(tmp_path)
+    assert str(path) in str(e.value)
+    if key not in ("seconds", "life"):  # what is not finite is saved as null
+        with pytest.raises(BadInput, match=key): save_record(json.loads(path.read_text()), tmp_path/"other")
+        assert not (tmp_path/"other").exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("value", "abc"), ("value", True), ("value", math.inf), ("value", math.nan), ("value", 10**400), ("value", [.8]), ("low", "x"),
+    ("n", "x"), ("n", None), ("n", True), ("n", 1.5), ("n", -1), ("mag", ["40X"]), ("k", {}), ("method", None), ("label", None),
+])
+def test_rows_with_values_of_another_kind_are_named(tmp_path, key, value):
+    path = spoil(tmp_path, rows=[record()["rows"][0] | {key: value}])
+    with pytest.raises(BadInput, match=f"row says {key}=") as e: load_rows(tmp_path)
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize("said", [dict(energy=None, seconds=None, versions=None, device=None, leaks=None), dict(dirty=None, modified=None),
+                                  dict(checkpoint="a"), dict(checkpoint={"path": "a"}), dict(seconds=3, families={"graft": "x"})])
+def test_what_may_be_unknown_may_be_null(tmp_path, said):
+    there = load_record(save_record(record(**said), tmp_path))
+    assert {k: there[k] for k in said} == said
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"accuracy": 0.97}', "\x00\xff", "["*100000, "NaN", "1" * 5000])
 def test_files_that_are_no_records(tmp_path, text):
     path = tmp_path/"runs"/"x.json"
     path.parent.mkdir()
@@ -168,6 +203,10 @@ def test_what_a_record_says_twice_is_taken_from_where_it_is_one_word():
     score_table(said)
 
 
+def test_several_networks_are_one_word():
+    assert set(record_rows(record(resolved={"student": ["a", "b"]})).student) == {"a+b"}
+
+
 def test_a_row_that_says_it_itself_is_believed():
     rows = [r | {"mag": "200X"} for r in record()["rows"]]
     assert set(record_rows(record(rows=rows)).mag) == {"200X"}
@@ -227,6 +266,50 @@ def test_tables_keep_sources_apart_and_repeat_byte_for_byte(tmp_path):
     assert {p: Path(p).read_bytes() for p in write_tables(tmp_path)} == first
     titled = [t for p, t in first.items() if p.suffix == ".md"]
     assert [b"SYNTHETIC" in t for t in titled] == [False, False, True]
+
+
+def points(*said):
+    "Records of one point, each later than the one before: its code, and the value of each method."
+    return [record(code=code, created=f"20{i + 30}-01-01T00:00:00+00:00", parameters=dict(mag="40X", fold=0, seed=0, k=10, **asked),
+                   rows=[dict(method=m, split="test", level="image", metric="auroc", value=v, n=90) for m, v in values.items()])
+            for i, (code, asked, values) in enumerate(said)]
+
+
+def test_of_several_records_of_one_point_the_latest_counts(tmp_path):
+    again = points(("old", {}, {"graft": .6, "hard": .5}), ("new", {}, {"graft": .7}),
+                   ("new2", {"baselines": "kd", "data": "elsewhere"}, {"graft": .8, "kd": .4}))
+    for r in again: save_record(r, tmp_path)
+    text = write_tables(tmp_path)[1].read_text()
+    assert "| graft | 0.800 | 90 | 1 |" in text.replace("| 40X | 10 ", "") and "| hard | 0.500 |" in text and "| kd | 0.400 |" in text
+    assert "count once, by the latest: 2 earlier left out." in text
+    save_record(record(1, code="new2"), tmp_path)  # another seed is another point
+    assert "| graft | 0.800 ± 0.000 | 90 | 2 |" in write_tables(tmp_path)[1].read_text()
+    assert latest_rows(again[::-1])[1] == 2 and latest_rows(again[2:])[1] == 0
+
+
+def test_other_parameters_are_other_points():
+    rows, earlier = latest_rows(points(*[("c", {"poor": p, "weights": w}, {"graft": .6}) for p, w in (("", ""), ("x", ""), ("x", "w"))]))
+    assert (len(rows), earlier) == (3, 0)
+
+
+def test_tables_that_no_record_supports_any_more_are_removed(tmp_path):
+    first = save_record(record(), tmp_path)
+    old = write_tables(tmp_path)
+    others = [tmp_path/"tables"/n for n in ("study-glas.csv", "leakage-synthetic.csv", "fusion-glas.csv", "sites-own.csv", "own.md",
+                                            "table1_teachers-glas.csv", "own-notes.txt")]
+    for p in others: p.write_text("x")
+    first.unlink()
+    save_record(record(source="glas"), tmp_path)
+    new = write_tables(tmp_path)
+    assert {p.name for p in (tmp_path/"tables").iterdir()} == {p.name for p in (*new, *others)} and not set(old) & set(new)
+
+
+def test_where_tables_cannot_be_made_the_old_ones_stay(tmp_path):
+    save_record(record(), tmp_path)
+    old = write_tables(tmp_path)
+    save_record(record(source="glas", rows=record()["rows"]*2), tmp_path)
+    with pytest.raises(BadInput, match="more than once"): write_tables(tmp_path)
+    assert all(p.exists() for p in old)
 
 
 def test_no_records_no_tables(tmp_path, capsys):
@@ -329,8 +412,19 @@ def test_predictions_of_a_run_replace_their_own_only(tmp_path):
     assert len(list((tmp_path/"predictions").iterdir())) == 2
     kept = {r["run"]: load_predictions(r, tmp_path) for r in load_records(tmp_path)}
     assert kept[record()["run"]].equals(load_predictions(load_record(tmp_path/"latest.json"), tmp_path))
-    save_record(record(), tmp_path)
-    assert len(list((tmp_path/"predictions").iterdir())) == 1
+
+
+@pytest.mark.parametrize("given", [None, predictions(seed=4)])
+def test_a_rerun_that_keeps_no_predictions_loses_none(tmp_path, monkeypatch, given):
+    path = save_record(record(), tmp_path, made := predictions())
+    before = load_record(path)["predictions"]
+    if given is not None: monkeypatch.setattr(results, "find_spec", lambda name: None)
+    with warnings.catch_warnings(record=True): save_record(record(device="cuda"), tmp_path, given)
+    monkeypatch.undo()
+    there = load_record(path)
+    assert (there["device"], there["predictions"]) == ("cuda", before) and load_predictions(there, tmp_path).equals(made)
+    (tmp_path/before["path"]).unlink()
+    assert load_record(save_record(record(), tmp_path))["predictions"] is None
 
 
 @pytest.mark.parametrize("change, says", [
@@ -383,7 +477,23 @@ def test_a_disk_that_fills_between_the_files_loses_nothing(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"): save_record(record(device="cuda"), tmp_path, predictions(seed=1))
     there = load_record(path)
     assert there["device"] == ("cpu" if fails_at < 3 else "cuda") and len(load_predictions(there, tmp_path)) == 24
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(load_predictions(load_record(tmp_path/"latest.json"), tmp_path)) == 24
+    assert not list(tmp_path.rglob("*.tmp")) and len(list((tmp_path/"predictions").iterdir())) == 1 + (fails_at == 3)
+
+
+def test_a_disk_that_fills_leaves_no_predictions_without_a_record(tmp_path, monkeypatch):
+    def full(path, content, write=results.write_whole):
+        if path.suffix == ".json": raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+    monkeypatch.setattr(results, "write_whole", full)
+    with pytest.raises(OSError, match="No space left"): save_record(record(), tmp_path, predictions())
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    monkeypatch.undo()
+    path = save_record(record(), tmp_path, predictions())
+    path.write_text("{")  # what cannot be read may name any of them
+    monkeypatch.setattr(results, "write_whole", full)
+    with pytest.raises(OSError, match="No space left"): save_record(record(), tmp_path, predictions(seed=1))
+    assert len(list((tmp_path/"predictions").iterdir())) == 2
 
 
 # ---- what it cost

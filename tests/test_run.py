@@ -1,11 +1,14 @@
 "Parameters are checked whoever runs the notebook, and errors are one message."
 import os
+import shlex
 import subprocess
+from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from kdnb import card
 from kdnb.core import BadInput
 from kdnb.run import RunFailed, check_call, check_parameters, code_cells, execute, literal, parameters_of, take_home
 
@@ -111,7 +114,7 @@ def test_notebooks_that_cannot_be_run(tmp_path, root):
     with pytest.raises(BadInput, match="not the name of a notebook"): execute(nb, tmp_path/"out.txt")
 
 
-def test_kdnb_run_says_where_everything_is(tmp_path, house):
+def test_kdnb_run_says_where_everything_is(tmp_path, house, capsys):
     toy(tmp_path/"run_toy.ipynb", "import os\nprint('standing in', os.getcwd())", RECORD)
     (tmp_path/"elsewhere").mkdir()
     done = command("kdnb_run", "../run_toy.ipynb", "new/out.ipynb", "-p", "mag", "40", "-p", "tau", "2",
@@ -122,6 +125,10 @@ def test_kdnb_run_says_where_everything_is(tmp_path, house):
                  house/"cache"/"s.safetensors"):
         assert str(said) in done.stdout
     assert "cell/s" in done.stderr and "TCP" not in done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("page, model card   kdnb_report "), "and how to make a page of it"
+    card.main(shlex.split(last)[4:])
+    assert {Path(p).suffix for p in capsys.readouterr().out.split()} == {".html", ".md"}
 
 
 def test_a_refused_value_is_a_non_zero_exit(tmp_path):

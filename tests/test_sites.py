@@ -150,20 +150,20 @@ def report(root):
 
 
 def test_the_report_of_nothing(root, house):
-    assert report(root)["printed"] == "0 of 8 points found, 0 students in the table\n"
+    assert report(root)["printed"] == "0 of 12 points found, 0 students in the table\n"
     assert not (house/"results"/"tables").exists()
 
 
-@pytest.mark.parametrize("some", [1, 3, 5, 8])
+@pytest.mark.parametrize("some", [1, 3, 5, 12])
 def test_the_report_of_some_and_of_all(root, house, some):
     for point in POINTS[:some]: made_up(point, house)
     made_up(POINTS[0], house, modified=["kdnb/sites.py"], data="e")  # changed code may not enter
     first = report(root)
-    assert first["printed"] == f"{some} of 8 points found, {4*some} students in the table\n"
+    assert first["printed"] == f"{some} of 12 points found, {4*some} students in the table\n"
     for record in (house/"results"/"runs").iterdir(): record.unlink()
     again = report(root)  # the tables stand for records that are gone
     assert again["printed"] == first["printed"] and again["gaps"].equals(first["gaps"])
-    if some < 8: return
-    assert again["gaps"].points.tolist() == [2]*12 and set(again["share"].poor_share.dropna()) == {.2}
+    if some < 12: return
+    assert again["gaps"].points.tolist() == [2]*18 and set(again["share"].poor_share.dropna()) == {.2}
     for name, gap in (("plain mean", .05), ("best site", .03), ("all images", -.05)):
-        assert again["gaps"].xs(name, level=2).difference.to_numpy() == pytest.approx(gap, abs=1e-4)
+        assert again["gaps"].xs(name, level=3).difference.to_numpy() == pytest.approx(gap, abs=1e-4)

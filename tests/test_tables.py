@@ -24,6 +24,7 @@ from kdnb.reports import (
     asked,
     draw,
     gather,
+    main,
     published,
     readme_block,
     report,
@@ -134,6 +135,25 @@ def test_everything_is_made_again_byte_for_byte(folder, tmp_path):
     for copy in ("a", "b"): write_all(tmp_path/copy)
     assert not stale.exists() and tree(tmp_path/"b") == tree(tmp_path/"a") | {"mine.csv": b"x"}
     assert {f"{n}-synthetic.csv" for n in ARTEFACTS} | {"table3_distillers-synthetic.md"} <= tree(tmp_path/"a").keys()
+
+
+def test_a_call_from_a_shell_ends_in_one_line(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path/"r", ignore=shutil.ignore_patterns("tables", "predictions"))
+    (tmp_path/"README.md").write_text(f"{BEGIN}\n{END}\n")
+    main(["--folder", str(tmp_path/"r"), "--readme", str(tmp_path/"README.md")])
+    said = capsys.readouterr().out.splitlines()
+    assert {Path(p).name for p in said[1:]} == {*tree(tmp_path/"r"), "README.md"}
+    before = tree(tmp_path/"r")
+    for breaks, call in ((lambda: None, ["--readme", str(tmp_path/"no.md")]), (lambda: (tmp_path/"r"/"runs"/"x.json").write_text("{"), [])):
+        breaks()
+        with pytest.raises(SystemExit, match=r"^make tables: .*(x\.json: broken JSON|no\.md)") as e: main(["--folder", str(tmp_path/"r"), *call])
+        assert isinstance(e.value.code, str) and "\n" not in e.value.code
+    assert tree(tmp_path/"r") == before
+
+
+def test_make_calls_it():
+    line = next(x for x in (ROOT/"Makefile").read_text().splitlines() if "kdnb.reports" in x)
+    assert line.endswith("-c 'from kdnb.reports import main; main()' --readme README.md")
 
 
 def test_nothing_outside_the_marks_of_a_readme_is_touched(folder, tmp_path):
