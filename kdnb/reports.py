@@ -511,6 +511,7 @@ def draw_shots(
         for i, (method, g) in enumerate(part.groupby("method", sort=False)):
             ends = np.nan_to_num(np.abs(g[["low", "high"]].to_numpy(float).T - g["mean"].to_numpy()))
             ax.errorbar(g.k*1.25**(i/len(shown)), g["mean"], ends, label=method, ls=style.get(g.group.iloc[0], "-"),
+                        color="black" if g.group.iloc[0] == "teachers" else f"C{i % 10}",
                         marker="o", ms=3, lw=1.2, elinewidth=.6, capsize=2)
         ax.set(xscale="log", xlabel="K: images a class", title="" if pd.isna(mag) else mag)
         ax.set_xticks(sorted(part.k.unique()), [str(k) for k in sorted(part.k.unique())], minor=False)
