@@ -218,11 +218,11 @@ def label(
 
 def made_by(
     notebook: Path,  # notebook of a point
-) -> dict:  # `record_code`: code digest in its records; `original`: whether it came with kdnb, its code unchanged
+) -> dict:  # `record_code`: digest in its records, `None` for a changed copy; `original`: came with kdnb, unchanged
     "What can be said of the code before a notebook runs."
     known = travels(notebook.name)
     original = bool(known) and code_cells(notebook) == code_cells(shared(f"nbs/{known}"))
-    return dict(record_code=code_digest(known), original=original)
+    return dict(record_code=code_digest(known) if original or not known else None, original=original)
 
 # %% ../nbs/91_grids.ipynb #e60b618c
 def prepare(
@@ -296,8 +296,7 @@ def is_of(
     point: dict,  # a prepared point
 ) -> bool:
     "Whether a record is of a point's notebook, code and parameters; what a changed copy runs is known only as it runs."
-    same = record["notebook"] == Path(point["notebook"]).name
-    same &= record["code"] == point["record_code"] or not point["original"]
+    same = record["notebook"] == Path(point["notebook"]).name and point["record_code"] in (None, record["code"])
     return same and digest(record["parameters"]) in (digest(point["asked"]), digest(point["settled"]))
 
 # %% ../nbs/91_grids.ipynb #a108475d

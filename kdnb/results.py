@@ -560,9 +560,10 @@ def score_table(
         scores = {m: mean_sd(g.value, decimals) for m, g in group.groupby("score", sort=False)}
         counts = {level + "s": span(g.n) for level, g in group.groupby("level", sort=False)}
         lines[key] = scores | counts | {"runs": str(group.run.nunique())}
-    table = pd.DataFrame.from_dict({k: lines[k] for k in sorted(lines, key=lambda k: natural(k[:-1]))}, orient="index")
-    table.index = pd.MultiIndex.from_tuples(table.index, names=[*by, "method"]) if by else \
-        pd.Index([k[0] for k in table.index], name="method")
+    keys = sorted(lines, key=lambda k: natural(k[:-1]))
+    told = [tuple("" if pd.isna(v) else v for v in k) for k in keys]  # images without magnifications have none
+    several = lambda: pd.MultiIndex.from_tuples(told, names=[*by, "method"])
+    table = pd.DataFrame([lines[k] for k in keys], several() if by else pd.Index([k[0] for k in told], name="method"))
     counted = [c for c in table if c in {v + "s" for v in rows["level"]} | {"runs"}]
     return table[[c for c in table if c not in counted] + counted].fillna("–")
 

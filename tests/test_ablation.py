@@ -4,6 +4,7 @@ import os
 import subprocess
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -93,7 +94,7 @@ def report(house):
     import io
     cells = json.loads((ROOT/"nbs/paper/ablation.ipynb").read_text(encoding="utf-8"))["cells"]
     there, out = {}, io.StringIO()
-    with contextlib.redirect_stdout(out), warnings.catch_warnings():
+    with contextlib.redirect_stdout(out), warnings.catch_warnings(), mock.patch("IPython.display.display"):
         warnings.simplefilter("error")
         for c in cells:
             if c["cell_type"] == "code": exec("".join(c["source"]), there)
